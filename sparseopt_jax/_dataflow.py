@@ -1,0 +1,246 @@
+"""Follows data through a Flax module: which products, and what comes after.
+
+`jax.make_jaxpr` shows what a module computes without computing it. In that
+program a weight is known by the parameter that it comes from, and each call of
+a normalisation module is marked by a `checkpoint_name`, which changes nothing.
+A walk over the equations then finds every matrix product and convolution, the
+kernel in it, and what its output goes into first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+NONE = "none"
+_KINDS: dict[type[nn.Module], str] = {
+  nn.BatchNorm: "batch_norm",
+  nn.LayerNorm: "layer_norm",
+  nn.GroupNorm: "group_norm",
+}
+_MARK = "sparseopt_jax/"
+
+# Operations that only move, repeat or cast numbers.
+_MOVES = {
+  "broadcast_in_dim",
+  "concatenate",
+  "convert_element_type",
+  "copy",
+  "expand_dims",
+  "name",
+  "optimization_barrier",
+  "reduce_precision",
+  "reshape",
+  "rev",
+  "sharding_constraint",
+  "slice",
+  "split",
+  "squeeze",
+  "transpose",
+}
+# Operations that leave the data to be normalised what it is, up to a shift and
+# a scale for each neuron, if only one operand depends on the input.
+_AFFINE = {"add", "sub", "mul", "div"}
+
+
+@dataclasses.dataclass(eq=False)
+class Product:
+  """A matrix product or a convolution in a module.
+
+  Attributes:
+    kernel: Path of the parameter that is its weights, such as "Conv_0/kernel";
+      None where there is none, or where several are multiplied together first.
+    macs: Multiplications (each with an addition), as if the kernel were dense.
+    uses: What the output goes into first, on all its ways.
+  """
+
+  kernel: str | None
+  macs: int
+  uses: set[str] = dataclasses.field(default_factory=set)
+
+
+class _Value(NamedTuple):
+  """What is known of a variable of the program."""
+
+  is_data: bool  # Whether it depends on the module's inputs.
+  kernels: frozenset[str] = frozenset()  # If not: the kernels it comes from.
+  outputs: frozenset[Product] = frozenset()  # If so: the outputs it still is.
+
+
+def products(
+  module: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> list[Product]:
+  """Finds the products of `module.apply(variables, *inputs, **kwargs)`.
+
+  Args:
+    module: A Flax module, not bound.
+    inputs: Its inputs; `jax.ShapeDtypeStruct` will do for arrays.
+    kwargs: Its keyword arguments.
+
+  Returns:
+    The products in the order in which they are computed. Those inside of
+    `lax.cond` and `lax.while_loop` are not found.
+
+  Raises:
+    TypeError: If `module` is not a Flax (linen) module.
+  """
+  if not isinstance(module, nn.Module):
+    raise TypeError(f"module must be a flax.linen.Module, got {module!r}")
+  leaves, structure = jax.tree.flatten((tuple(inputs), kwargs))
+  arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
+  rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+
+  def fill(arrays: Sequence[jax.Array]) -> tuple[tuple[Any], dict[str, Any]]:
+    values = iter(arrays)
+    return jax.tree.unflatten(
+      structure, [next(values) if hasattr(x, "shape") else x for x in leaves]
+    )
+
+  def init(arrays: Sequence[jax.Array]) -> Any:
+    args, kwargs = fill(arrays)
+    return nn.meta.unbox(module.init(rngs, *args, **kwargs))
+
+  def apply(variables: Any, arrays: Sequence[jax.Array]) -> Any:
+    args, kwargs = fill(arrays)
+    return module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)[0]
+
+  variables = jax.eval_shape(init, arrays)
+  with nn.intercept_methods(_mark_normalization):
+    program = jax.make_jaxpr(apply)(variables, arrays)
+  walk = _Walk()
+  known = [*_variables(variables), *([_Value(True)] * len(arrays))]
+  walk.use(walk.run(program.jaxpr, known, 1), NONE)
+  return walk.products
+
+
+def _mark_normalization(
+  call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+  kinds = [k for t, k in _KINDS.items() if isinstance(context.module, t)]
+  if not kinds or context.method_name != "__call__":
+    return call(*args, **kwargs)
+
+  def mark(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+      return checkpoint_name(leaf, _MARK + kinds[0])
+    return leaf
+
+  args, kwargs = jax.tree.map(mark, (args, kwargs))
+  return call(*args, **kwargs)
+
+
+def _variables(variables: Any) -> Iterable[_Value]:
+  """What is known of a module's variables, in the order of the leaves."""
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    collection, _, path = path.partition("/")
+    is_kernel = collection == "params" and leaf.ndim > 1
+    yield _Value(False, frozenset({path} if is_kernel else ()))
+
+
+class _Walk:
+  """Interprets a program on what is known of its values.
+
+  Attributes:
+    products: Those that were met.
+  """
+
+  def __init__(self) -> None:
+    self.products: list[Product] = []
+
+  def run(
+    self, jaxpr: core.Jaxpr, values: Sequence[_Value], repeats: int
+  ) -> list[_Value]:
+    """Returns what is known of the results; `repeats` is for loops."""
+    known = dict(zip(jaxpr.invars, values, strict=True))
+
+    def read(atom: Any) -> _Value:
+      if isinstance(atom, core.Literal):
+        return _Value(False)
+      return known.get(atom, _Value(False))
+
+    for equation in jaxpr.eqns:
+      operands = [read(atom) for atom in equation.invars]
+      results = self._equation(equation, operands, repeats)
+      known.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  def use(self, values: Iterable[_Value], kind: str) -> None:
+    """Notes that values go into something."""
+    for value in values:
+      for product in value.outputs:
+        product.uses.add(kind)
+
+  def _equation(
+    self, equation: core.JaxprEqn, operands: list[_Value], repeats: int
+  ) -> list[_Value]:
+    name, number = equation.primitive.name, len(equation.outvars)
+    inner = _inner(equation)
+    if inner is not None:
+      return self._call(equation, inner, operands, repeats)
+    data = [operand for operand in operands if operand.is_data]
+    kernels = frozenset().union(*(operand.kernels for operand in operands))
+    if not data:
+      return [_Value(False, kernels=kernels)] * number
+    if name in ("dot_general", "conv_general_dilated"):
+      self.use(data, NONE)
+      kernel = next(iter(kernels)) if len(kernels) == 1 else None
+      product = Product(kernel, repeats * _macs(equation))
+      self.products.append(product)
+      return [_Value(True, outputs=frozenset({product}))]
+    if name == "name" and equation.params["name"].startswith(_MARK):
+      self.use(data, equation.params["name"].removeprefix(_MARK))
+      return [_Value(True)]
+    if name in _MOVES or (name in _AFFINE and len(data) == 1):
+      outputs = frozenset().union(*(operand.outputs for operand in data))
+      return [_Value(True, outputs=outputs)] * number
+    self.use(data, NONE)
+    return [_Value(True)] * number
+
+  def _call(
+    self,
+    equation: core.JaxprEqn,
+    inner: core.Jaxpr,
+    operands: list[_Value],
+    repeats: int,
+  ) -> list[_Value]:
+    if equation.primitive.name != "scan":
+      return self.run(inner, operands, repeats)
+    results = self.run(inner, operands, repeats * equation.params["length"])
+    # What is carried goes into the next round as well; it counts as used.
+    carried = results[: equation.params["num_carry"]]
+    self.use(carried, NONE)
+    return results
+
+
+def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
+  """The program that an equation calls with its own operands, if any."""
+  for parameter in equation.params.values():
+    jaxpr = getattr(parameter, "jaxpr", parameter)
+    if (
+      isinstance(jaxpr, core.Jaxpr)
+      and len(jaxpr.invars) == len(equation.invars)
+      and len(jaxpr.outvars) == len(equation.outvars)
+    ):
+      return jaxpr
+  return None
+
+
+def _macs(equation: core.JaxprEqn) -> int:
+  left, right = (operand.aval.shape for operand in equation.invars)
+  numbers = equation.params["dimension_numbers"]
+  if equation.primitive.name == "dot_general":
+    (_, contracted), (_, batch) = numbers
+    free = set(range(len(right))) - {*contracted, *batch}
+    return math.prod(left) * math.prod(right[axis] for axis in free)
+  per_output = math.prod(right) // right[numbers.rhs_spec[0]]
+  outputs = math.prod(equation.outvars[0].aval.shape)
+  # The zeros that a transposed convolution puts between its inputs are free.
+  return outputs * per_output // math.prod(equation.params["lhs_dilation"])

@@ -1,0 +1,145 @@
+"""What becomes of each leaf of the parameters: sparse, corrected, which axes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparseopt_jax import _correction
+
+# A pytree of bools in the structure of the parameters, or a predicate of a
+# leaf's path and the leaf.
+Rule = Any
+AxisRule = _correction.Axes | Callable[[str, Any], _correction.Axes]
+
+
+class Leaf(NamedTuple):
+  """A leaf of the parameters without its values."""
+
+  path: str
+  shape: tuple[int, ...]
+  dtype: jnp.dtype
+
+
+def is_masked_node(leaf: Any) -> bool:
+  return isinstance(leaf, optax.MaskedNode)
+
+
+def path_name(path: tuple) -> str:
+  """A path such as 'Conv_0/kernel'; the trailing 'value' of nnx is left out."""
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  return name.removesuffix("/value")
+
+
+def describe(params: Any) -> list[Leaf]:
+  """Path, shape and dtype of each leaf; abstract leaves will do."""
+  abstract = jax.eval_shape(lambda tree: tree, params)
+  return [
+    Leaf(path_name(path), leaf.shape, leaf.dtype)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+  ]
+
+
+def sparse_by_default(path: str, leaf: Any) -> bool:
+  """Kernels: two or more axes and not named bias, scale or embedding."""
+  return (
+    len(leaf.shape) >= 2
+    and jnp.issubdtype(leaf.dtype, jnp.floating)
+    and path.rpartition("/")[2] not in ("bias", "scale", "embedding")
+  )
+
+
+def choose(
+  name: str, rule: Rule, params: Any, leaves: Sequence[Leaf]
+) -> list[bool]:
+  """One bool a leaf, from a predicate or a pytree."""
+  if isinstance(rule, bool):
+    return [rule] * len(leaves)
+  if callable(rule):
+    values = jax.tree.leaves(params)
+    chosen = [
+      rule(leaf.path, v) for leaf, v in zip(leaves, values, strict=True)
+    ]
+  else:
+    chosen = _flatten_like(name, rule, params, "a bool for each leaf")
+  for leaf, choice in zip(leaves, chosen, strict=True):
+    if not isinstance(choice, bool):
+      raise TypeError(
+        f"{name} must give a bool for each leaf; got {choice!r} for "
+        f"{leaf.path!r}."
+      )
+  return chosen
+
+
+def _flatten_like(name: str, tree: Any, params: Any, content: str) -> list:
+  try:
+    return jax.tree.structure(params).flatten_up_to(tree)
+  except (ValueError, TypeError) as error:
+    raise ValueError(
+      f"{name} must have the structure of the parameters, with {content}; got "
+      f"{jax.tree.structure(tree)}."
+    ) from error
+
+
+def given_masks(masks: Any, params: Any, leaves: Sequence[Leaf]) -> list:
+  """The masks of the argument: a bool array, or MaskedNode, for each leaf."""
+  content = "a bool array or optax.MaskedNode() for each leaf"
+  given = _flatten_like("masks", masks, params, content)
+  for leaf, mask in zip(leaves, given, strict=True):
+    if is_masked_node(mask):
+      continue
+    if getattr(mask, "dtype", None) != jnp.bool_:
+      raise TypeError(
+        f"masks must hold {content}; got {mask!r} at {leaf.path!r}."
+      )
+    if mask.shape != leaf.shape:
+      raise ValueError(
+        f"masks must have the shapes of the parameters; got {mask.shape} at "
+        f"{leaf.path!r} of shape {leaf.shape}."
+      )
+  return [m if is_masked_node(m) else jnp.asarray(m) for m in given]
+
+
+def choose_sparse(
+  rule: Rule, given: list | None, params: Any, leaves: Sequence[Leaf]
+) -> list[bool]:
+  """Which leaves are sparse: those of ``given``, else those of the rule."""
+  if given is None:
+    default = sparse_by_default if rule is None else rule
+    chosen = choose("sparse", default, params, leaves)
+  else:
+    chosen = [not is_masked_node(mask) for mask in given]
+    if rule is not None and chosen != choose("sparse", rule, params, leaves):
+      paths = [leaf.path for leaf, c in zip(leaves, chosen, strict=True) if c]
+      raise ValueError(
+        f"sparse must choose the leaves that masks has arrays for, {paths}; got "
+        f"{rule!r}."
+      )
+  _check_sparse(leaves, chosen)
+  return chosen
+
+
+def _check_sparse(leaves: Sequence[Leaf], chosen: Sequence[bool]) -> None:
+  """Raises unless some leaf is sparse and all that are can be."""
+  if not any(chosen):
+    paths = [leaf.path for leaf in leaves]
+    raise ValueError(
+      "sparse must choose at least one leaf, by default those with two or more "
+      f"axes not named bias, scale or embedding; got none of {paths}."
+    )
+  for leaf, choice in zip(leaves, chosen, strict=True):
+    if not choice:
+      continue
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise TypeError(
+        f"sparse must choose leaves of floats; got {leaf.path!r} of dtype "
+        f"{leaf.dtype}."
+      )
+    if not leaf.shape or not 0 < math.prod(leaf.shape) < 2**31:
+      raise ValueError(
+        "sparse must choose leaves that have an axis and 1 to 2**31 - 1 "
+        f"weights; got {leaf.path!r} of shape {leaf.shape}."
+      )

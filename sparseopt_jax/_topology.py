@@ -1,0 +1,259 @@
+"""How masks change during training: static masks, SET and RigL.
+
+A mask update drops the active weights of smallest magnitude and grows as many
+inactive ones, so that the number of active weights of each layer stays what it
+was. The functions here take lists with one entry for each sparse layer.
+"""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparseopt_jax import _selection
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise TypeError(f"{name} must be an int; got {value!r}.")
+  if value < least:
+    raise ValueError(f"{name} must be at least {least}; got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+  """Static sparse training: the same masks from start to end.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparseopt(0.9, sparseopt_jax.Static())
+  """
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dynamic:
+  """When masks are updated and how much of them changes."""
+
+  update_until: int
+  update_every: int = 100
+  drop_fraction: float | optax.Schedule = 0.3
+
+  def __post_init__(self) -> None:
+    _check_integer("update_until", self.update_until, 0)
+    _check_integer("update_every", self.update_every, 1)
+    if callable(self.drop_fraction):
+      return
+    if isinstance(self.drop_fraction, bool) or not isinstance(
+      self.drop_fraction, numbers.Real
+    ):
+      raise TypeError(
+        "drop_fraction must be a float or a schedule; got "
+        f"{self.drop_fraction!r}."
+      )
+    if not 0.0 <= self.drop_fraction <= 1.0:
+      raise ValueError(
+        f"drop_fraction must lie in [0, 1]; got {self.drop_fraction!r}."
+      )
+
+  def is_due(self, count: jax.Array) -> jax.Array:
+    """Whether the call with this 0-based count updates the masks."""
+    multiple = (count > 0) & (count % self.update_every == 0)
+    return multiple & (count < self.update_until)
+
+  def fraction(self, count: jax.Array) -> jax.Array:
+    """The fraction of active weights to drop; float32 in [0, 1]."""
+    if callable(self.drop_fraction):
+      fraction = jnp.asarray(self.drop_fraction(count), jnp.float32)
+    else:
+      angle = jnp.float32(math.pi) * count.astype(jnp.float32)
+      angle /= jnp.float32(max(self.update_until, 1))
+      fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
+    return jnp.clip(fraction, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SET(_Dynamic):
+  r"""Sparse Evolutionary Training: drop by magnitude, grow at random.
+
+  On every call whose 0-based count :math:`t` is a positive multiple of
+  ``update_every`` and below ``update_until``, each sparse layer drops its
+
+  .. math::
+
+    n = \lfloor f(t) \, nnz \rfloor, \qquad
+    f(t) = \frac{\alpha}{2} \left(1 + \cos\frac{\pi t}{T}\right)
+
+  active weights of smallest :math:`|w|` and grows :math:`n` of the inactive
+  ones, those just dropped among them, chosen uniformly at random. Grown weights
+  start at 0. Products and :math:`f` are in float32.
+
+  Attributes:
+    update_until: :math:`T`, in calls; no update from this call on.
+    update_every: Calls between two mask updates.
+    drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
+      :math:`f(t)` itself.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.SET(update_until=30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology)
+
+  References:
+    Mocanu et al., `Scalable training of artificial neural networks with
+    adaptive sparse connectivity inspired by network science
+    <https://arxiv.org/abs/1707.04780>`_, 2018
+  """
+
+
+@dataclasses.dataclass(frozen=True)
+class RigL(_Dynamic):
+  r"""RigL: drop by magnitude, grow where the dense gradient is largest.
+
+  As :class:`sparseopt_jax.SET`, but of the inactive weights those of largest
+  :math:`|\partial L / \partial w|` are grown. Ties, in drop and in growth, go to
+  the lowest row-major index. Where fewer inactive weights than needed have a
+  nonzero gradient, the rest is grown at random.
+
+  The gradients passed to ``update`` have to be dense: differentiate the loss at
+  the masked parameters, and do not multiply by the mask inside the loss.
+
+  Attributes:
+    update_until: The end of the mask updates, in calls.
+    update_every: Calls between two mask updates.
+    drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
+      :math:`f(t)` itself.
+    grow_from: ``'raw'`` takes the gradient as it comes, ``'corrected'`` rescales
+      it as the weights' own gradient is, which explores less.
+    accumulate: Growth scores come from the mean gradient of this many calls, the
+      mask update's own the last of them. More than 1 stores one more float for
+      each weight.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.RigL(update_until=30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology)
+
+  References:
+    Evci et al., `Rigging the Lottery: Making All Tickets Winners
+    <https://arxiv.org/abs/1911.11134>`_, 2020
+  """
+
+  grow_from: str = "raw"
+  accumulate: int = 1
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.grow_from not in ("raw", "corrected"):
+      raise ValueError(
+        f"grow_from must be 'raw' or 'corrected'; got {self.grow_from!r}."
+      )
+    _check_integer("accumulate", self.accumulate, 1)
+    if self.accumulate > self.update_every:
+      raise ValueError(
+        f"accumulate must be at most update_every={self.update_every}; got "
+        f"{self.accumulate!r}."
+      )
+
+  def in_window(self, count: jax.Array) -> jax.Array:
+    """Whether the call's gradient counts towards the next mask update."""
+    ahead = -count % self.update_every
+    return (ahead < self.accumulate) & self.is_due(count + ahead)
+
+  def opens_window(self, count: jax.Array) -> jax.Array:
+    """Whether the call is the first of its window."""
+    return -count % self.update_every == self.accumulate - 1
+
+
+Topology = Static | SET | RigL
+
+
+def check(topology: Topology) -> None:
+  if not isinstance(topology, Static | SET | RigL):
+    raise TypeError(
+      f"topology must be a Static, SET or RigL; got {topology!r}."
+    )
+
+
+def drop_counts(fraction: jax.Array, nnz: jax.Array) -> jax.Array:
+  """floor(fraction * nnz), the product in float32; int32, at most nnz."""
+  product = fraction * nnz.astype(jnp.float32)
+  return jnp.minimum(jnp.floor(product).astype(jnp.int32), nnz)
+
+
+def grow_at_random(
+  eligible: Sequence[jax.Array], n: jax.Array, key: jax.Array
+) -> list[jax.Array]:
+  """Selects ``n`` eligible weights of each layer, all equally likely."""
+  words = jax.random.bits(key, (len(eligible), 2), jnp.uint32)
+  order = [
+    _selection.random_order(words[i], mask.shape)
+    for i, mask in enumerate(eligible)
+  ]
+  return _selection.largest(order, eligible, n)
+
+
+def _grow_by_score(
+  scores: Sequence[jax.Array],
+  eligible: Sequence[jax.Array],
+  n: jax.Array,
+  key: jax.Array,
+) -> list[jax.Array]:
+  """Selects the largest nonzero scores, and makes up ``n`` at random."""
+  scored = [
+    e & _selection.nonzero(s) for s, e in zip(scores, eligible, strict=True)
+  ]
+  certain = jnp.minimum(n, jnp.stack([jnp.sum(s) for s in scored]))
+  grown = _selection.largest(scores, scored, certain)
+
+  def fill() -> list[jax.Array]:
+    zeros = [e & ~s for s, e in zip(scored, eligible, strict=True)]
+    rest = grow_at_random(zeros, n - certain, key)
+    return [a | b for a, b in zip(grown, rest, strict=True)]
+
+  return lax.cond(jnp.any(certain < n), fill, lambda: grown)
+
+
+def update_masks(
+  masks: Sequence[jax.Array],
+  weights: Sequence[jax.Array],
+  scores: Sequence[jax.Array] | None,
+  n: jax.Array,
+  key: jax.Array,
+) -> list[jax.Array]:
+  """Drops and grows ``n`` weights of each layer.
+
+  Args:
+    masks: Bools, true where a weight is active.
+    weights: The weights, of which the active with smallest magnitude go.
+    scores: Growth scores of at least 0, or None to grow at random.
+    n: int32 of shape (layers,).
+    key: A key for this mask update alone.
+
+  Returns:
+    The new masks, each with as many active weights as the old.
+  """
+  smallness = [-jnp.abs(weight) for weight in weights]
+  dropped = _selection.largest(smallness, masks, n)
+  kept = [mask & ~drop for mask, drop in zip(masks, dropped, strict=True)]
+  eligible = [~mask for mask in kept]
+  if scores is None:
+    grown = grow_at_random(eligible, n, key)
+  else:
+    grown = _grow_by_score(scores, eligible, n, key)
+  return [mask | grow for mask, grow in zip(kept, grown, strict=True)]

@@ -1,0 +1,423 @@
+"""The link of the chain: holds the masks and corrects the gradient."""
+
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from sparseopt_jax import _correction, _distributions, _leaves, _topology
+
+# Bits of a weight's status.
+ACTIVE = 1  # in the mask
+EXPLORED = 2  # has been in the mask at some time
+CHANGED = 4  # dropped or grown by the last mask update
+
+
+class SparseOptState(NamedTuple):
+  """State of :func:`sparseopt_jax.sparseopt`.
+
+  Trees have the structure of the parameters, with ``optax.MaskedNode()`` in the
+  place of leaves that have no such entry. Per-neuron arrays keep the rank of
+  their leaf, with length 1 on the input axes.
+  """
+
+  count: jax.Array  # shape=(), dtype=jnp.int32; calls of update so far
+  updated_at: jax.Array  # shape=(), dtype=jnp.int32; count after a mask update
+  skipped: jax.Array  # shape=(), dtype=jnp.int32; mask updates given up
+  key: jax.Array  # shape=(2,), dtype=jnp.uint32; threefry key data
+  status: (
+    optax.Params
+  )  # leaf shape, dtype=jnp.uint8; ACTIVE | EXPLORED | CHANGED
+  fan_in: optax.Params  # per neuron, dtype=jnp.int32
+  scale: optax.Params  # per neuron, dtype=jnp.float32; corrected leaves
+  gradient_mean: optax.Params  # leaf shape; RigL with accumulate > 1
+
+
+class SettledState(SparseOptState):
+  """A state that has made the mask update of the call under way.
+
+  ``keep_params_sparse`` passes it to the link, which then corrects the gradient
+  and leaves the state as it is.
+  """
+
+
+def once(predicate: jax.Array, body: Callable[[Any], Any], operand: Any) -> Any:
+  """Applies ``body`` if ``predicate``, in the operand's own buffers.
+
+  A loop of at most one round. Unlike ``lax.cond`` it updates its operand in
+  place, and under ``vmap`` it runs only if an instance needs it.
+  """
+  return lax.while_loop(
+    lambda carry: carry[0],
+    lambda carry: (jnp.zeros_like(carry[0]), body(carry[1])),
+    (predicate, operand),
+  )[1]
+
+
+def has_bits(status: jax.Array, bits: int) -> jax.Array:
+  return (status & jnp.uint8(bits)) != 0
+
+
+def just_updated(state: SparseOptState) -> jax.Array:
+  return state.updated_at == state.count
+
+
+def is_settled(status: jax.Array, fresh: jax.Array) -> jax.Array:
+  """Active, and not grown just now if ``fresh`` says that masks are new."""
+  bits = jnp.where(fresh, jnp.uint8(ACTIVE | CHANGED), jnp.uint8(ACTIVE))
+  return (status & bits) == ACTIVE
+
+
+def _check_seed(seed: Any) -> None:
+  is_key = isinstance(seed, jax.Array) and (
+    jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    or (seed.dtype == jnp.uint32 and seed.shape == (2,))
+    or (jnp.issubdtype(seed.dtype, jnp.integer) and seed.shape == ())
+  )
+  is_int = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+  if not (is_key or is_int):
+    raise TypeError(f"seed must be an int or a key; got {seed!r}.")
+
+
+def _key_data(seed: Any) -> jax.Array:
+  """Two uint32 from an int or a key of any implementation."""
+  if isinstance(seed, jax.Array):
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+      return jax.random.bits(seed, (2,), jnp.uint32)
+    if seed.shape == (2,):
+      return seed
+  return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
+
+
+def _place(array: jax.Array, leaf: Any) -> jax.Array:
+  """Lays an array out as its parameter, if that is known by now."""
+  if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+    return jax.device_put(array, leaf.sharding)
+  return array
+
+
+def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in gradients]))
+
+
+def sparse_only(status: Any, tree: Any) -> list:
+  """The entries of ``tree`` at the sparse leaves."""
+  flags, treedef = jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+  pairs = zip(flags, treedef.flatten_up_to(tree), strict=True)
+  return [x for flag, x in pairs if not _leaves.is_masked_node(flag)]
+
+
+def _with_sparse(status: Any, values: Sequence[Any]) -> Any:
+  """The structure of ``status``, with other entries at the sparse leaves."""
+  flags, treedef = jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+  rest = iter(values)
+  return treedef.unflatten(
+    [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
+  )
+
+
+def _input_axes(fan_in: jax.Array) -> tuple[int, ...]:
+  return tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1)
+
+
+def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
+  if _leaves.is_masked_node(scale):
+    return gradient
+  return _correction.rescale(gradient, scale)
+
+
+def _growth_scores(
+  topology: _topology.Topology, state: SparseOptState, gradients: Any
+) -> list[jax.Array] | None:
+  if isinstance(topology, _topology.SET):
+    return None
+  source = state.gradient_mean if topology.accumulate > 1 else gradients
+  scores = sparse_only(state.status, source)
+  if topology.grow_from == "corrected":
+    scales = sparse_only(state.status, state.scale)
+    scores = [_scaled(g, d) for g, d in zip(scores, scales, strict=True)]
+  return [jnp.abs(score) for score in scores]
+
+
+def _change_masks(
+  topology: _topology.Topology,
+  state: SparseOptState,
+  gradients: Any,
+  params: Any,
+) -> SparseOptState:
+  """Drops and grows in every sparse layer."""
+  status = sparse_only(state.status, state.status)
+  fan_in = sparse_only(state.status, state.fan_in)
+  masks = [has_bits(s, ACTIVE) for s in status]
+  nnz = jnp.stack([jnp.sum(f) for f in fan_in])
+  key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+  new_masks = _topology.update_masks(
+    masks,
+    sparse_only(state.status, params),
+    _growth_scores(topology, state, gradients),
+    _topology.drop_counts(topology.fraction(state.count), nnz),
+    jax.random.fold_in(key, state.count),
+  )
+  new_fan_in = [
+    _correction.count_fan_in(mask, _input_axes(f))
+    for mask, f in zip(new_masks, fan_in, strict=True)
+  ]
+  new_scale = [
+    d if _leaves.is_masked_node(d) else _correction.scale_from_fan_in(f)
+    for d, f in zip(
+      sparse_only(state.status, state.scale), new_fan_in, strict=True
+    )
+  ]
+  new_status = [
+    (s & jnp.uint8(EXPLORED))
+    | jnp.where(new, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
+    | jnp.where(new != old, jnp.uint8(CHANGED), jnp.uint8(0))
+    for s, old, new in zip(status, masks, new_masks, strict=True)
+  ]
+  return state._replace(
+    updated_at=optax.safe_increment(state.count),
+    status=_with_sparse(state.status, new_status),
+    fan_in=_with_sparse(state.status, new_fan_in),
+    scale=_with_sparse(state.status, new_scale),
+  )
+
+
+def _accumulate(
+  topology: _topology.RigL, state: SparseOptState, gradients: Any
+) -> SparseOptState:
+  """Adds the gradient to the mean that the next mask update grows from."""
+  opens = topology.opens_window(state.count)
+  mean = [
+    jnp.where(opens, 0, m) + g.astype(m.dtype) / topology.accumulate
+    for m, g in zip(
+      sparse_only(state.status, state.gradient_mean),
+      sparse_only(state.status, gradients),
+      strict=True,
+    )
+  ]
+  return state._replace(gradient_mean=_with_sparse(state.status, mean))
+
+
+def _advance(
+  topology: _topology.Topology,
+  state: SparseOptState,
+  gradients: Any,
+  params: Any,
+) -> SparseOptState:
+  """The state after a call: counted, and with new masks where they are due."""
+
+  def unless_not_finite(state: SparseOptState) -> SparseOptState:
+    seen = jax.tree.leaves((gradients, state.gradient_mean))
+    finite = _all_finite(seen)
+    state = state._replace(skipped=state.skipped + ~finite)
+    change = lambda s: _change_masks(topology, s, gradients, params)
+    return once(finite, change, state)
+
+  count = state.count
+  if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
+    accumulate = lambda s: _accumulate(topology, s, gradients)
+    state = once(topology.in_window(count), accumulate, state)
+  if not isinstance(topology, _topology.Static):
+    state = once(topology.is_due(count), unless_not_finite, state)
+  return state._replace(count=optax.safe_increment(count))
+
+
+def _correct(gradients: Any, state: SparseOptState, scale: Any) -> Any:
+  """Zero outside the masks, rescaled per neuron where the layer is corrected."""
+  fresh = just_updated(state)
+
+  def one(status: Any, gradient: Any, scale: Any) -> Any:
+    if _leaves.is_masked_node(status):
+      return gradient
+    scaled = _scaled(gradient, scale)
+    zero = jnp.zeros_like(scaled)
+    return jnp.where(is_settled(status, fresh), scaled, zero)
+
+  return jax.tree.map(
+    one, state.status, gradients, scale, is_leaf=_leaves.is_masked_node
+  )
+
+
+def sparseopt(
+  sparsity: float,
+  topology: _topology.Topology = _topology.Static(),  # noqa: B008
+  *,
+  distribution: str | _distributions.Distribution = "erk",
+  sparse: _leaves.Rule = None,
+  corrected: _leaves.Rule = None,
+  masks: Any = None,
+  output_axis: _leaves.AxisRule = -1,
+  seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Sparse training with the gradient skew of batch normalisation undone.
+
+  Holds a mask for each sparse layer, updates the masks as the topology says, and
+  turns the gradient :math:`g` of a layer into
+
+  .. math::
+
+    \tilde g = m \odot \frac{1}{\sqrt{1 - s_{avg}}} D g, \qquad
+    D = \mathrm{diag}\left(\sqrt{1 - s_i}\right), \qquad
+    s_i = 1 - \frac{f_i}{N},
+
+  with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense fan-in
+  :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of :math:`s_i` over
+  the layer. :func:`sparseopt_jax.correct` is that formula for one layer. The
+  number of active weights of a layer is fixed at ``init`` and never changes.
+
+  It belongs first in a chain. A link cannot cancel what later links add, such as
+  momentum, so either wrap the whole chain in
+  :func:`sparseopt_jax.keep_params_sparse`, or call
+  :func:`sparseopt_jax.apply_masks` after each ``optax.apply_updates``.
+
+  On a call that updates the masks, weights that stay make their ordinary step,
+  with the factors of the masks under which the gradient was taken. Weights are
+  dropped by their magnitude as passed to ``update``. A mask update is skipped
+  and counted if any gradient is not finite.
+
+  Args:
+    sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
+    topology: :class:`sparseopt_jax.Static`, :class:`sparseopt_jax.SET` or
+      :class:`sparseopt_jax.RigL`.
+    distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
+      and the sparsity that returns ``{path: density}``.
+    sparse: Which leaves get a mask: a pytree of bools or a predicate of a path
+      such as ``'Conv_0/kernel'`` and the leaf. By default leaves of two or more
+      axes not named bias, scale or embedding.
+    corrected: Which of the sparse leaves get the correction, in the same forms,
+      or ``False`` for none of them: plain RigL, SET or static training. By
+      default all. It is meant for layers whose output goes straight into batch
+      normalisation; leave out the classifier.
+    masks: Start from these instead of random ones: a bool array for each sparse
+      leaf and ``optax.MaskedNode()`` for the others, as returned by
+      :func:`sparseopt_jax.get_masks`. Their active weights are what is kept;
+      ``sparsity`` and ``distribution`` are then not used.
+    output_axis: The neuron axis of the weights, a tuple of them, or a function
+      of path and leaf that returns either. -1 for Flax, 0 for Equinox.
+    seed: An int or a key, traced or not.
+
+  Returns:
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`sparseopt_jax.SparseOptState`. Its ``update`` needs ``params``.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range, or no leaf can be sparse.
+
+  Examples:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
+    >>> tx = optax.chain(sparseopt_jax.sparseopt(0.75), optax.sgd(0.1))
+    >>> opt_state = tx.init(params)
+    >>> params = sparseopt_jax.apply_masks(params, opt_state)
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> updates, opt_state = tx.update(grads, opt_state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> params = sparseopt_jax.apply_masks(params, opt_state)
+    >>> print(jnp.count_nonzero(params['kernel']))
+    8
+
+  References:
+    Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in
+    Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
+
+  .. seealso:: :func:`sparseopt_jax.keep_params_sparse`,
+    :func:`sparseopt_jax.sparseopt_sgd`
+  """
+  _distributions.check_sparsity(sparsity)
+  _distributions.resolve(distribution)
+  _topology.check(topology)
+  _check_seed(seed)
+  if not callable(output_axis):
+    _correction.check_axes(output_axis)
+
+  def initial_masks(params: Any, leaves: Sequence[_leaves.Leaf]) -> list:
+    """A bool array for each sparse leaf, MaskedNode for the others."""
+    given = None
+    if masks is not None:
+      given = _leaves.given_masks(masks, params, leaves)
+    chosen = _leaves.choose_sparse(sparse, given, params, leaves)
+    if given is not None:
+      return given
+    shapes = {
+      leaf.path: leaf.shape
+      for leaf, choice in zip(leaves, chosen, strict=True)
+      if choice
+    }
+    counts = _distributions.active_counts(shapes, sparsity, distribution)
+    drawn = iter(
+      _topology.grow_at_random(
+        [jnp.ones(shape, jnp.bool_) for shape in shapes.values()],
+        jnp.array(list(counts.values()), jnp.int32),
+        jax.random.wrap_key_data(_key_data(seed), impl="threefry2x32"),
+      )
+    )
+    return [next(drawn) if choice else optax.MaskedNode() for choice in chosen]
+
+  def init_leaf(mask: Any, is_corrected: bool, path: str, leaf: Any) -> tuple:
+    """Status, fan-in, scale and gradient mean of one leaf."""
+    none = optax.MaskedNode()
+    if _leaves.is_masked_node(mask):
+      return none, none, none, none
+    axis = output_axis(path, leaf) if callable(output_axis) else output_axis
+    mask = _place(mask, leaf)
+    axes = _correction.input_axes(mask.ndim, axis)
+    fan_in = _correction.count_fan_in(mask, axes)
+    scale = _correction.scale_from_fan_in(fan_in) if is_corrected else none
+    mean = none
+    if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
+      dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+      mean = jnp.zeros_like(leaf, dtype=dtype)
+    status = jnp.where(mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
+    return status, fan_in, scale, mean
+
+  def init_fn(params: optax.Params) -> SparseOptState:
+    values, treedef = jax.tree.flatten(params)
+    leaves = _leaves.describe(params)
+    columns: list = [(), (), (), ()]
+    # optax.tree.map_params calls init with a tree that has no leaves.
+    if leaves:
+      chosen = [True] * len(leaves)
+      if corrected is not None:
+        chosen = _leaves.choose("corrected", corrected, params, leaves)
+      rows = [
+        init_leaf(mask, choice, leaf.path, value)
+        for mask, choice, leaf, value in zip(
+          initial_masks(params, leaves), chosen, leaves, values, strict=True
+        )
+      ]
+      columns = list(zip(*rows, strict=True))
+    trees = [treedef.unflatten(column) for column in columns]
+    return SparseOptState(
+      jnp.zeros([], jnp.int32),
+      jnp.full([], -1, jnp.int32),
+      jnp.zeros([], jnp.int32),
+      _key_data(seed),
+      *trees,
+    )
+
+  def update_fn(
+    updates: optax.Updates,
+    state: SparseOptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, SparseOptState]:
+    del extra_args
+    if params is None:
+      raise ValueError(
+        "params must be passed to update, since masks depend on them; got None."
+      )
+    new_state = state
+    if not isinstance(state, SettledState):
+      new_state = _advance(topology, state, updates, params)
+    return _correct(updates, new_state, state.scale), new_state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,273 @@
+"""Masks out of an optimiser state, and parameters kept on them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparseopt_jax import _leaves, _transform
+from sparseopt_jax._transform import SettledState, SparseOptState
+
+
+def _is_state(node: Any) -> bool:
+  return isinstance(node, SparseOptState)
+
+
+def find_state(opt_state: optax.OptState) -> SparseOptState:
+  """The one SparseOptState anywhere in an optimiser state."""
+  nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
+  found = [node for node in nodes if _is_state(node)]
+  if len(found) != 1:
+    raise ValueError(
+      "opt_state must hold exactly one SparseOptState; got "
+      f"{len(found)} in {jax.tree.structure(opt_state)}."
+    )
+  return found[0]
+
+
+def _replace_state(
+  opt_state: optax.OptState, state: SparseOptState
+) -> optax.OptState:
+  return jax.tree.map(
+    lambda node: state if _is_state(node) else node,
+    opt_state,
+    is_leaf=_is_state,
+  )
+
+
+def get_masks(opt_state: optax.OptState) -> optax.Params:
+  """Returns the masks in an optimiser state.
+
+  Args:
+    opt_state: A state that holds one :class:`sparseopt_jax.SparseOptState`, at
+      any depth; or that state itself.
+
+  Returns:
+    The parameters' structure with a bool array in the shape of each sparse leaf,
+    true where a weight is active, and ``optax.MaskedNode()`` for the others.
+    ``sparseopt(..., masks=...)`` starts from it.
+
+  Raises:
+    ValueError: If the state holds no SparseOptState or several.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.75)
+    >>> opt_state = tx.init({'kernel': jnp.ones((2, 4)), 'bias': jnp.zeros(4)})
+    >>> masks = sparseopt_jax.get_masks(opt_state)
+    >>> print(masks['kernel'].sum(), masks['bias'])
+    2 MaskedNode()
+  """
+  return jax.tree.map(
+    lambda status: _transform.has_bits(status, _transform.ACTIVE),
+    find_state(opt_state).status,
+  )
+
+
+def apply_masks(
+  params: optax.Params, opt_state: optax.OptState
+) -> optax.Params:
+  """Returns the parameters with zeros outside the masks.
+
+  Call it once after ``init``, so that the first forward pass is sparse. Without
+  :func:`sparseopt_jax.keep_params_sparse` call it after each
+  ``optax.apply_updates`` as well; right after a mask update it also puts the
+  grown weights to 0, which leftover momentum may have moved.
+
+  Args:
+    params: Parameters in the structure of those that the state was made for.
+    opt_state: A state that holds one :class:`sparseopt_jax.SparseOptState`.
+
+  Returns:
+    The parameters, exactly 0 where a mask is false, by selection: what stood
+    there before, NaN included, does not matter.
+
+  Raises:
+    ValueError: If the state holds no SparseOptState or several.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import sparseopt_jax
+    >>> params = {'kernel': jnp.ones((2, 4)), 'bias': jnp.ones(4)}
+    >>> opt_state = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.75).init(params)
+    >>> params = sparseopt_jax.apply_masks(params, opt_state)
+    >>> print(params['kernel'].sum(), params['bias'].sum())
+    2.0 4.0
+  """
+  state = find_state(opt_state)
+  return _select_settled(state.status, _transform.just_updated(state), params)
+
+
+def _select_settled(status: Any, fresh: jax.Array, params: Any) -> Any:
+  """Zero outside the masks, and where the mask changed if ``fresh``."""
+
+  def one(status: Any, param: Any) -> Any:
+    if _leaves.is_masked_node(status):
+      return param
+    settled = _transform.is_settled(status, fresh)
+    return jnp.where(settled, param, jnp.zeros_like(param))
+
+  return jax.tree.map(one, status, params, is_leaf=_leaves.is_masked_node)
+
+
+def _cancel_outside(
+  status: Any, fresh: jax.Array, updates: Any, params: Any
+) -> Any:
+  """Updates that put every weight outside the masks at exactly 0."""
+
+  def one(status: Any, update: Any, param: Any) -> Any:
+    if _leaves.is_masked_node(status):
+      return update
+    # Promotes: a bfloat16 update could not cancel a float32 parameter.
+    return jnp.where(_transform.is_settled(status, fresh), update, -param)
+
+  return jax.tree.map(
+    one, status, updates, params, is_leaf=_leaves.is_masked_node
+  )
+
+
+def _zero_where(changed: Any, tree: Any) -> Any:
+  def one(changed: Any, leaf: Any) -> Any:
+    if _leaves.is_masked_node(changed):
+      return leaf
+    return jnp.where(changed, jnp.zeros_like(leaf), leaf)
+
+  return jax.tree.map(one, changed, tree, is_leaf=_leaves.is_masked_node)
+
+
+def _changed(status: Any, fresh: jax.Array) -> Any:
+  """Where the masks changed, all false unless ``fresh``."""
+  return jax.tree.map(
+    lambda s: _transform.has_bits(s, _transform.CHANGED) & fresh, status
+  )
+
+
+def _restart_slots(
+  inner: optax.GradientTransformation,
+  state: optax.OptState,
+  changed: Any,
+  params: optax.Params,
+) -> optax.OptState:
+  """Starts the per-weight state anew where a mask changed.
+
+  The slots are found by ``optax.tree.map_params``, which knows the copies of the
+  parameters in any state; the weights in question are 0, so is what
+  ``inner.init`` sees here.
+  """
+
+  def mark(slot: Any, changed: Any) -> Any:
+    if _leaves.is_masked_node(slot):
+      return slot
+    is_weight = not _leaves.is_masked_node(changed)
+    return changed if is_weight and slot.shape == changed.shape else False
+
+  marks = optax.tree.map_params(
+    inner,
+    mark,
+    state,
+    changed,
+    transform_non_params=lambda _: False,
+    is_leaf=_leaves.is_masked_node,
+  )
+  fresh = inner.init(jax.tree.map(jnp.zeros_like, params))
+
+  def restart(mark: Any, slot: Any, fresh: Any) -> Any:
+    if mark is False:
+      return slot
+    return jnp.where(mark, fresh, slot)
+
+  return jax.tree.map(restart, marks, state, fresh)
+
+
+def keep_params_sparse(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Keeps the parameters exactly zero outside the masks, at every step.
+
+  A link in front of a chain can mask gradients, but it cannot cancel the momentum
+  or the decay that later links add, nor start their state anew. The owner of the
+  whole chain can: outside the masks it emits :math:`-w`, and :math:`w + (-w)` is
+  exactly 0 in floating point.
+
+  On a call that updates the masks, a weight that was dropped or grown is at 0
+  afterwards. Its per-weight state in ``inner`` (momentum, second moment, ...)
+  starts that call as ``inner.init`` makes it for a weight at 0 and sees a zero
+  gradient, so that with SGD, Adam and all others whose fresh state stays put
+  under a zero gradient, it is fresh on return. A weight that was dropped and
+  grown again in the same update has not changed.
+
+  The wrapper has no state of its own: its state is that of ``inner``. In a call it
+  asks ``inner`` twice, first for the masks, then for the step under them; of the
+  first all but the masks is dead code, which ``jax.jit`` removes.
+
+  Args:
+    inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it.
+
+  Returns:
+    A ``GradientTransformationExtraArgs``. Its ``init`` calls ``inner.init`` on the
+    masked parameters. Its ``update`` needs ``params`` and passes extra arguments
+    on.
+
+  Raises:
+    ValueError: In ``init``, if ``inner`` holds no sparseopt or several; in
+      ``update``, if ``params`` are missing.
+
+  Examples:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.keep_params_sparse(
+    ...   optax.chain(
+    ...     sparseopt_jax.sparseopt(0.75),
+    ...     optax.add_decayed_weights(5e-4),
+    ...     optax.sgd(0.1, momentum=0.9),
+    ...   )
+    ... )
+    >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
+    >>> opt_state = tx.init(params)
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> updates, opt_state = tx.update(grads, opt_state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> print(jnp.count_nonzero(params['kernel']))
+    8
+
+  .. seealso:: :func:`sparseopt_jax.sparseopt_sgd`
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params: optax.Params) -> optax.OptState:
+    return inner.init(apply_masks(params, inner.init(params)))
+
+  def update_fn(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    if params is None:
+      raise ValueError(
+        "params must be passed to update, since zeros depend on them; got None."
+      )
+    old = find_state(state)
+    new = find_state(inner.update(updates, state, params, **extra_args)[1])
+    fresh = new.updated_at != old.updated_at
+    changed = _changed(new.status, fresh)
+    # The gradient was taken under the old masks, so it gets their factors.
+    settled = SettledState(*new._replace(scale=old.scale))
+    state = _restart_slots(inner, state, changed, params)
+    updates, state = inner.update(
+      _zero_where(changed, updates),
+      _replace_state(state, settled),
+      _select_settled(new.status, fresh, params),
+      **extra_args,
+    )
+    updates = _cancel_outside(new.status, fresh, updates, params)
+    return updates, _replace_state(state, new)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
