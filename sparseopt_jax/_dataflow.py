@@ -234,13 +234,19 @@ def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
 
 
 def _macs(equation: core.JaxprEqn) -> int:
-  left, right = (operand.aval.shape for operand in equation.invars)
+  left, right, outputs = (
+    _shape(atom) for atom in (*equation.invars, *equation.outvars)
+  )
   numbers = equation.params["dimension_numbers"]
   if equation.primitive.name == "dot_general":
     (_, contracted), (_, batch) = numbers
     free = set(range(len(right))) - {*contracted, *batch}
     return math.prod(left) * math.prod(right[axis] for axis in free)
   per_output = math.prod(right) // right[numbers.rhs_spec[0]]
-  outputs = math.prod(equation.outvars[0].aval.shape)
   # The zeros that a transposed convolution puts between its inputs are free.
-  return outputs * per_output // math.prod(equation.params["lhs_dilation"])
+  zeros = math.prod(equation.params["lhs_dilation"])
+  return math.prod(outputs) * per_output // zeros
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+  return atom.aval.shape

@@ -1,0 +1,77 @@
+"""Which normalisation each kernel feeds, found from what the module computes.
+
+SparseOpt is for layers whose output goes straight into batch normalisation. In
+a pre-activation network that is not every convolution, and a name does not
+tell. This module needs Flax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+
+from sparseopt_jax import _dataflow
+
+
+def normalizations(
+  module: nn.Module, *inputs: Any, **kwargs: Any
+) -> dict[str, str]:
+  """Finds what the output of each kernel goes into first.
+
+  In between, the output may be reshaped, transposed, cast, sliced or
+  concatenated (in a DenseNet, batch norm still normalises each neuron by its
+  own standard deviation), and anything that does not depend on the module's
+  inputs may be added or multiplied: a bias, a scale. Everything else comes
+  first itself, so an addition of two layers' outputs (the residual stream of a
+  pre-activation network), a ReLU or a pooling before the normalisation means
+  "none". So does an output that goes several ways which do not all begin with
+  the same kind of normalisation, one that a `lax.scan` carries on, and any
+  normalisation other than `flax.linen.BatchNorm`, `LayerNorm` and `GroupNorm`
+  (and their subclasses). It is not checked that batch norm's features are the
+  kernel's neurons, as they are unless a reshape or transposition mixes them.
+
+  Nothing is computed: `jax.ShapeDtypeStruct` will do for arrays.
+
+  Args:
+    module: A Flax (linen) module, not bound.
+    *inputs: Its inputs, as for `module.apply`.
+    **kwargs: Its keyword arguments. A module whose batch norm has an
+      `axis_name` is best called as in evaluation (`train=False`), where there
+      is no such axis.
+
+  Returns:
+    {path: "batch_norm", "layer_norm", "group_norm" or "none"} for each
+    parameter that is multiplied, as the kernel of a matrix product or a
+    convolution, with something that depends on the inputs. Kernels used only
+    inside of `lax.cond` or `lax.while_loop` are missing.
+
+  Raises:
+    TypeError: If `module` is not a Flax (linen) module.
+
+  Examples:
+    >>> import jax
+    >>> from flax import linen as nn
+    >>> from sparseopt_jax import inspection
+    >>> module = nn.Sequential([
+    ...   nn.Dense(8),
+    ...   nn.BatchNorm(use_running_average=True),
+    ...   nn.relu,
+    ...   nn.Dense(3),
+    ... ])
+    >>> kinds = inspection.normalizations(module, jax.numpy.zeros((2, 4)))
+    >>> kinds
+    {'layers_0/kernel': 'batch_norm', 'layers_3/kernel': 'none'}
+
+    Its entries make a `corrected=` for `sparseopt_jax.sparseopt`:
+
+    >>> corrected = lambda path, leaf: kinds.get(path) == "batch_norm"
+  """
+  uses: dict[str, set[str]] = {}
+  for product in _dataflow.products(module, inputs, kwargs):
+    if product.kernel is not None:
+      uses.setdefault(product.kernel, set()).update(product.uses)
+  return {
+    path: next(iter(kinds)) if len(kinds) == 1 else _dataflow.NONE
+    for path, kinds in uses.items()
+  }
