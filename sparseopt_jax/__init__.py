@@ -1,16 +1,21 @@
 """Dynamic sparse training for JAX, as Optax gradient transformations."""
 
 from sparseopt_jax._alias import sparseopt_sgd
-from sparseopt_jax._correction import correct, neuron_sparsity
-from sparseopt_jax._distributions import erk, uniform
-from sparseopt_jax._topology import SET, RigL, Static
-from sparseopt_jax._transform import SparseOptState, sparseopt
-from sparseopt_jax._wrappers import apply_masks, get_masks, keep_params_sparse
-from sparseopt_jax.metrics import (
-  masks_checksum,
-  sparsity_metrics,
-  sparsity_table,
-)
+from sparseopt_jax._correction import correct
+from sparseopt_jax._correction import neuron_sparsity
+from sparseopt_jax._distributions import erk
+from sparseopt_jax._distributions import uniform
+from sparseopt_jax._topology import SET
+from sparseopt_jax._topology import RigL
+from sparseopt_jax._topology import Static
+from sparseopt_jax._transform import SparseOptState
+from sparseopt_jax._transform import sparseopt
+from sparseopt_jax._wrappers import apply_masks
+from sparseopt_jax._wrappers import get_masks
+from sparseopt_jax._wrappers import keep_params_sparse
+from sparseopt_jax.metrics import masks_checksum
+from sparseopt_jax.metrics import sparsity_metrics
+from sparseopt_jax.metrics import sparsity_table
 
 __all__ = (
   "SET",

@@ -4,13 +4,11 @@ from typing import Any
 
 import optax
 
-from sparseopt_jax import (
-  _distributions,
-  _leaves,
-  _topology,
-  _transform,
-  _wrappers,
-)
+from sparseopt_jax import _distributions
+from sparseopt_jax import _leaves
+from sparseopt_jax import _topology
+from sparseopt_jax import _transform
+from sparseopt_jax import _wrappers
 
 
 def sparseopt_sgd(

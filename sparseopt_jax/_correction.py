@@ -16,6 +16,7 @@ of neurons :math:`n_{out}` and the layer's active weights
 with length 1 on every axis that is not a neuron axis, so that they broadcast.
 """
 
+from collections.abc import Sequence
 import math
 
 import jax
@@ -46,22 +47,16 @@ def input_axes(ndim: int, output_axis: Axes) -> tuple[int, ...]:
   return tuple(axis for axis in range(ndim) if axis not in outputs)
 
 
-def count_fan_in(mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-  """f_i: active weights of each neuron; int32, reduced ``axes`` kept as 1."""
-  return jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-
-
-def scale_from_fan_in(fan_in: jax.Array) -> jax.Array:
-  """sqrt(f_i n_out / nnz) in float32, in the shape of ``fan_in``.
+def scale_from_fan_in(fan_in: jax.Array, axes: Sequence[int]) -> jax.Array:
+  """sqrt(f_i n_out / nnz) in float32, over neurons that lie along ``axes``.
 
   Counts stay integers until the last step, so that equal fan-ins give exactly 1.
   """
-  nnz = jnp.sum(fan_in, keepdims=True)
-  share = fan_in * fan_in.size
+  nnz = jnp.sum(fan_in, axis=axes, keepdims=True)
+  share = fan_in * math.prod(fan_in.shape[axis] for axis in axes)
   ratio = share.astype(jnp.float32) / jnp.maximum(nnz, 1).astype(jnp.float32)
   # Division is not correctly rounded on every accelerator.
-  exact = jnp.broadcast_to(nnz > 0, share.shape) & (share == nnz)
-  return jnp.where(exact, 1.0, jnp.sqrt(ratio))
+  return jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
 
 
 def rescale(gradient: jax.Array, scale: jax.Array) -> jax.Array:
@@ -162,6 +157,7 @@ def correct(
     raise ValueError(
       f"mask must have the gradient's shape {gradient.shape}; got {mask.shape}."
     )
-  fan_in = count_fan_in(mask, input_axes(mask.ndim, output_axis))
-  scaled = rescale(gradient, scale_from_fan_in(fan_in))
+  axes = input_axes(mask.ndim, output_axis)
+  fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+  scaled = rescale(gradient, scale_from_fan_in(fan_in, range(mask.ndim)))
   return jnp.where(mask, scaled, jnp.zeros_like(scaled))

@@ -9,13 +9,13 @@ kernel in it, and what its output goes into first.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from flax import linen as nn
+import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 

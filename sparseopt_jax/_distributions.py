@@ -1,8 +1,8 @@
 """How the active weights of a network are shared out among its layers."""
 
+from collections.abc import Callable, Mapping
 import math
 import numbers
-from collections.abc import Callable, Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], Mapping[str, float]]

@@ -1,7 +1,7 @@
 """What becomes of each leaf of the parameters: sparse, corrected, which axes."""
 
-import math
 from collections.abc import Callable, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax

@@ -1,25 +1,25 @@
 """Exact selection of the n largest scores of each layer, without sorting.
 
-A score is mapped to an unsigned integer that orders the same way. The n-th
-largest key of a layer is then found two bits at a time, from the top: each pass
-over the layer counts the keys at or above three thresholds. That is sixteen
-passes for 32 bits, whatever the scores are. All layers search in the same loop,
-so the program has one reduction per layer and no more.
+A score is mapped to an unsigned integer, its key, that orders the same way. The
+n-th largest key of a layer is searched between two bounds: each pass counts the
+keys at or above three thresholds, which leaves a quarter of the interval, and
+the search ends as soon as some threshold has exactly n keys above it. Layers of
+one shape come stacked in one array and all search in one loop: a small program.
 
-The passes are elementwise and reduce to scalars. They keep the shape of the
-weights, so sharded arrays stay where they are and give the same result.
+The passes are elementwise up to their reduction to scalars and keep the axes of
+the weights, so sharded arrays stay where they are and give the same result.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
+import math
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
+import jax.numpy as jnp
 
-_BITS_PER_PASS = 2
-Keys = Callable[[], Sequence[jax.Array]]
+_MAX_ORDER = (1 << 31) - 1
+_ZERO_KEY = 2
 
 
 def linear_index(shape: tuple[int, ...]) -> jax.Array:
@@ -31,135 +31,293 @@ def linear_index(shape: tuple[int, ...]) -> jax.Array:
   return index
 
 
-def random_order(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A pseudo-random uint32 for each element, a function of key and position.
+def random_order(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A pseudo-random uint32 below 2**31 for each element, all of them different.
 
-  The finaliser of MurmurHash3, keyed twice. It is a bijection of the position,
-  so no two elements are equal; and it costs a small part of what
-  :func:`jax.random.bits` costs on a CPU, where that would be most of a mask
-  update.
+  The finaliser of MurmurHash3 in 31 bits, keyed twice: a bijection of the
+  position. ``jax.random.bits`` on a CPU costs some fifty times as much and would
+  be most of a mask update.
 
   Args:
-    key: uint32 of shape (2,), fresh for each layer and use.
-    shape: The shape of the result.
+    word: uint32 of shape (2,), fresh for each layer and use.
+    shape: The shape of the result, of fewer than 2**31 elements.
   """
+  low = jnp.uint32(_MAX_ORDER)
   bits = linear_index(shape)
-  for word in key:
-    bits ^= word
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+  for i in range(2):
+    bits ^= word[i] & low
+    bits = ((bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)) & low
+    bits = ((bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)) & low
     bits ^= bits >> 16
   return bits
 
 
-def nonzero(score: jax.Array) -> jax.Array:
-  """Where a float is not +-0; by its bits, since denormals may be flushed."""
-  bits = lax.bitcast_convert_type(score, _uint_like(score.dtype))
-  return (bits << 1) != 0
+def _magnitude(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The bits of |value|, in its order but for NaN; and those of infinity."""
+  unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
+  infinity = jnp.asarray(jnp.inf, value.dtype)
+  bits = lax.bitcast_convert_type(value, unsigned)
+  low = jnp.asarray((1 << (8 * unsigned.itemsize - 1)) - 1, unsigned)
+  return bits & low, lax.bitcast_convert_type(infinity, unsigned)
 
 
-def _uint_like(dtype: jnp.dtype) -> jnp.dtype:
-  return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+def _large_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
+  """In the order of |value|: 0 not eligible, 1 NaN, 2 zero, ..., infinity."""
+  bits, infinity = _magnitude(value)
+  key = jnp.where(bits > infinity, jnp.ones_like(bits), bits + _ZERO_KEY)
+  return jnp.where(eligible, key, jnp.zeros_like(bits))
 
 
-def _float_key(score: jax.Array) -> jax.Array:
-  """Unsigned key in the order of the floats: NaN = 1, then -inf to inf."""
-  bits = lax.bitcast_convert_type(score, _uint_like(score.dtype))
-  sign = jnp.asarray(1 << (8 * bits.dtype.itemsize - 1), bits.dtype)
-  infinity = lax.bitcast_convert_type(
-    jnp.asarray(jnp.inf, score.dtype), bits.dtype
-  )
-  magnitude = bits & ~sign
-  negative = (bits >= sign) & (magnitude != 0)
-  ordered = jnp.where(negative, ~bits, magnitude | sign)
-  return jnp.where(magnitude > infinity, jnp.ones_like(bits), ordered)
+def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
+  """Against the order of |value|: 0 not eligible, 1 NaN, 2 infinity, ..., zero."""
+  bits, infinity = _magnitude(value)
+  key = jnp.where(bits > infinity, jnp.ones_like(bits), infinity - bits + 2)
+  return jnp.where(eligible, key, jnp.zeros_like(bits))
 
 
-def _key(score: jax.Array, eligible: jax.Array) -> jax.Array:
-  """Key of at least 1 where eligible, 0 elsewhere."""
-  if jnp.issubdtype(score.dtype, jnp.floating):
-    key = _float_key(score)
-  else:
-    key = (score >> 1) + 1
-  return jnp.where(eligible, key, jnp.zeros_like(key))
+def _stored(arrays: list[jax.Array]) -> list[jax.Array]:
+  """Keeps XLA from computing these anew wherever they are used."""
+  return lax.optimization_barrier(arrays)
 
 
-def _counts(keys: Keys, thresholds: Sequence[jax.Array]) -> jax.Array:
-  """How many keys of each layer reach each threshold; (thresholds, layers).
+def count(
+  conditions: Sequence[jax.Array], axes: Sequence[int]
+) -> list[jax.Array]:
+  """How often each of some bool arrays of one shape is true, over ``axes``.
 
-  One variadic reduction reads a layer once for all thresholds, and is the form
-  that XLA vectorises on a CPU: a plain sum of bools takes several times longer.
+  One variadic reduction reads its operands once for all conditions. On a CPU it
+  is vectorised, while XLA turns a sum of one array into a tree of sums that takes
+  several times longer.
   """
 
   def add(a: tuple, b: tuple) -> tuple:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
-  rows = []
-  for i, key in enumerate(keys()):
-    reached = tuple((key >= t[i]).astype(jnp.int32) for t in thresholds)
-    zeros = (jnp.int32(0),) * len(reached)
-    rows.append(jnp.stack(lax.reduce(reached, zeros, add, range(key.ndim))))
-  return jnp.stack(rows, axis=1)
+  ones = tuple(condition.astype(jnp.int32) for condition in conditions)
+  return lax.reduce(ones, (jnp.int32(0),) * len(ones), add, axes)
 
 
-def _nth_largest(keys: Keys, n: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """The largest threshold of each layer that at least ``n`` keys reach."""
-  digits = range(1, 1 << _BITS_PER_PASS)
-  bits = 8 * jnp.dtype(dtype).itemsize
+def _rows(stacks: Sequence[jax.Array], values: jax.Array) -> list[jax.Array]:
+  """Per-layer values, cut up and shaped to broadcast against each stack."""
+  parts, start = [], 0
+  for stack in stacks:
+    part = values[start : start + len(stack)]
+    parts.append(jnp.expand_dims(part, range(1, stack.ndim)))
+    start += len(stack)
+  return parts
 
-  def one_pass(i: jax.Array, found: jax.Array) -> jax.Array:
-    shift = jnp.asarray(bits - _BITS_PER_PASS * (i + 1), dtype)
-    tried = [found + (jnp.asarray(digit, dtype) << shift) for digit in digits]
-    enough = _counts(keys, tried) >= n[None, :]
-    return found + (jnp.sum(enough, axis=0, dtype=dtype) << shift)
 
-  passes = bits // _BITS_PER_PASS
-  return lax.fori_loop(0, passes, one_pass, jnp.zeros(n.shape, dtype))
+class _Interval(NamedTuple):
+  """Where the n-th largest key of each layer lies; each of shape (layers,)."""
+
+  low: jax.Array  # at least n keys reach it
+  high: jax.Array  # fewer than n keys reach it
+  reach_low: jax.Array  # how many do; int32
+  reach_high: jax.Array  # how many do; int32
+
+
+def _search(stacks: Sequence[jax.Array], n: jax.Array, limit: int) -> _Interval:
+  """Narrows to where exactly ``n`` keys reach low, or only low's ties remain.
+
+  Args:
+    stacks: Unsigned keys up to ``limit``.
+    n: int32 of shape (layers,).
+    limit: The largest key there can be.
+  """
+
+  def reach(threshold: jax.Array) -> list[jax.Array]:
+    rows = _rows(stacks, threshold)
+    return [stack >= row for stack, row in zip(stacks, rows, strict=True)]
+
+  def is_open(interval: _Interval) -> jax.Array:
+    low, high, reach_low, _ = interval
+    return jnp.any((high - low > 1) & (reach_low != n))
+
+  def narrow(interval: _Interval) -> _Interval:
+    low, high, reach_low, reach_high = interval
+    step = jnp.maximum((high - low) >> 2, 1)
+    tried = [low + step, low + 2 * step, low + 3 * step]
+    columns = [
+      count(conditions, range(1, conditions[0].ndim))
+      for conditions in zip(*map(reach, tried), strict=True)
+    ]
+    counts = [jnp.concatenate(c) for c in zip(*columns, strict=True)]
+    for threshold, reached in zip(tried, counts, strict=True):
+      low = jnp.where(reached >= n, threshold, low)
+      reach_low = jnp.where(reached >= n, reached, reach_low)
+    for threshold, reached in zip(tried[::-1], counts[::-1], strict=True):
+      nearer = (reached < n) & (threshold < high)
+      high = jnp.where(nearer, threshold, high)
+      reach_high = jnp.where(nearer, reached, reach_high)
+    return _Interval(low, high, reach_low, reach_high)
+
+  sizes = [math.prod(s.shape[1:]) for s in stacks for _ in range(len(s))]
+  start = _Interval(
+    low=jnp.zeros(n.shape, stacks[0].dtype),
+    high=jnp.full(n.shape, limit + 1, stacks[0].dtype),
+    reach_low=jnp.array(sizes, jnp.int32),
+    reach_high=jnp.zeros(n.shape, jnp.int32),
+  )
+  return lax.while_loop(is_open, narrow, start)
+
+
+def _select(
+  keys: Sequence[jax.Array],
+  n: jax.Array,
+  limit: int,
+  ties: Callable[[Sequence[jax.Array]], Sequence[jax.Array]],
+  max_tie: int,
+) -> list[jax.Array]:
+  """The ``n`` largest keys of each layer; among equal ones the largest ties.
+
+  Args:
+    keys: Unsigned, 0 where not eligible.
+    n: int32 of shape (layers,).
+    limit: The largest key there can be.
+    ties: Gives tie keys in the shapes of ``keys``, from the key that the ties of
+      each layer have in common; from 1 to ``max_tie`` and different in a layer.
+    max_tie: The largest tie key there can be.
+  """
+  found = _search(keys, n, limit)
+  tied = found.reach_low > n
+  low = _rows(keys, found.low)
+
+  def break_ties() -> jax.Array:
+    tie_keys = [
+      jnp.where(key == bound, tie, jnp.zeros_like(tie))
+      for key, bound, tie in zip(keys, low, ties(low), strict=True)
+    ]
+    sizes = [math.prod(key.shape[1:]) for key in keys for _ in range(len(key))]
+    # All keys reach 0, so the search of a layer without ties ends at once.
+    wanted = jnp.where(tied, n - found.reach_high, jnp.array(sizes, jnp.int32))
+    return _search(tie_keys, wanted, max_tie).low
+
+  no_ties = lambda: jnp.zeros(n.shape, jnp.uint32)
+  lowest = _rows(keys, lax.cond(jnp.any(tied), break_ties, no_ties))
+  return _stored(
+    [
+      (key > bound) | ((key == bound) & (tie >= last))
+      for key, bound, tie, last in zip(
+        keys, low, ties(low), lowest, strict=True
+      )
+    ]
+  )
+
+
+def _widest(values: Sequence[jax.Array]) -> list[jax.Array]:
+  """In one dtype, float32 or wider; exact, so the order stays."""
+  dtype = jnp.result_type(jnp.float32, *values)
+  return [value.astype(dtype) for value in values]
+
+
+def _max_key(dtype: jnp.dtype) -> int:
+  """The key of infinity in `_large_key`, of zero in `_small_key`."""
+  info = jnp.finfo(dtype)
+  return (((1 << info.nexp) - 1) << info.nmant) + _ZERO_KEY
+
+
+def _first_come(stack: jax.Array) -> jax.Array:
+  """Tie keys that favour the lowest index; of shape (1, ...)."""
+  shape = stack.shape[1:]
+  last = jnp.uint32(math.prod(shape))
+  return jnp.expand_dims(last - linear_index(shape), 0)
+
+
+def _random_orders(
+  stacks: Sequence[jax.Array], words: jax.Array
+) -> list[jax.Array]:
+  """`random_order` of each layer, plus 1."""
+  orders, start = [], 0
+  for stack in stacks:
+    part = words[start : start + len(stack)]
+    order = jax.vmap(lambda word, s=stack: random_order(word, s.shape[1:]))
+    orders.append(order(part) + 1)
+    start += len(stack)
+  return orders
+
+
+def smallest(
+  values: Sequence[jax.Array], eligible: Sequence[jax.Array], n: jax.Array
+) -> list[jax.Array]:
+  """Selects the ``n`` eligible floats of smallest magnitude in each layer.
+
+  Ties go to the lowest row-major index; NaN comes last.
+
+  Args:
+    values: Floats. Each array stacks layers of one shape on its first axis.
+    eligible: Bools in the shapes of the values.
+    n: int32 of shape (layers,), at most the number of eligible values.
+
+  Returns:
+    Bools in the shapes of the values, exactly ``n`` of a layer true.
+  """
+  values = _widest(values)
+  keys = _stored(list(map(_small_key, values, eligible)))
+
+  def ties(bounds: Sequence[jax.Array]) -> list[jax.Array]:
+    del bounds
+    return [jnp.broadcast_to(_first_come(key), key.shape) for key in keys]
+
+  max_tie = max(math.prod(value.shape[1:]) for value in values)
+  return _select(keys, n, _max_key(values[0].dtype), ties, max_tie)
 
 
 def largest(
-  scores: Sequence[jax.Array], eligible: Sequence[jax.Array], n: jax.Array
+  values: Sequence[jax.Array],
+  eligible: Sequence[jax.Array],
+  n: jax.Array,
+  words: jax.Array,
 ) -> list[jax.Array]:
-  """Selects the ``n`` largest eligible scores of each layer.
+  """Selects the ``n`` eligible floats of largest magnitude in each layer.
 
-  Ties go to the lowest row-major index; -0 equals 0; NaN comes last.
+  Ties go to the lowest row-major index, but among zeros they are broken at
+  random; NaN comes last.
 
   Args:
-    scores: One array a layer, all floats or all uint32 (of which the lowest bit
-      is not looked at).
-    eligible: Bools in the shapes of the scores.
-    n: int32 of shape (layers,), at most the number of eligible scores.
+    values: Floats. Each array stacks layers of one shape on its first axis.
+    eligible: Bools in the shapes of the values.
+    n: int32 of shape (layers,), at most the number of eligible values.
+    words: uint32 of shape (layers, 2), the random state.
 
   Returns:
-    Bools in the shapes of the scores, exactly ``n`` of a layer true.
+    Bools in the shapes of the values, exactly ``n`` of a layer true.
   """
-  if not scores:
-    return []
-  wide = jnp.result_type(jnp.float32, *scores)
-  if jnp.issubdtype(scores[0].dtype, jnp.floating):
-    scores = [score.astype(wide) for score in scores]
-  dtype = _uint_like(scores[0].dtype)
+  values = _widest(values)
+  keys = _stored(list(map(_large_key, values, eligible)))
 
-  # Called inside the loops, so that keys are computed on the fly, not stored.
-  def keys() -> list[jax.Array]:
-    return [_key(s, e) for s, e in zip(scores, eligible, strict=True)]
-
-  bound = _nth_largest(keys, n, dtype)
-
-  def tied_keys() -> list[jax.Array]:
+  def ties(bounds: Sequence[jax.Array]) -> list[jax.Array]:
     return [
-      jnp.where(key == bound[i], ~linear_index(key.shape), jnp.uint32(0))
-      for i, key in enumerate(keys())
+      jnp.where(bound == _ZERO_KEY, at_random, _first_come(key))
+      for key, bound, at_random in zip(
+        keys, bounds, _random_orders(keys, words), strict=True
+      )
     ]
 
-  above, reached = _counts(keys, [bound + 1, bound])
-  last = lax.cond(
-    jnp.any(reached > n),
-    functools.partial(_nth_largest, tied_keys, n - above, jnp.uint32),
-    lambda: jnp.zeros(n.shape, jnp.uint32),
+  max_key = _max_key(values[0].dtype)
+  return _select(keys, n, max_key, ties, _MAX_ORDER + 1)
+
+
+def at_random(
+  eligible: Sequence[jax.Array], n: jax.Array, words: jax.Array
+) -> list[jax.Array]:
+  """Selects ``n`` eligible weights of each layer, all equally likely.
+
+  Args:
+    eligible: Bools. Each array stacks layers of one shape on its first axis.
+    n: int32 of shape (layers,), at most the number of eligible weights.
+    words: uint32 of shape (layers, 2), the random state.
+
+  Returns:
+    Bools in the shapes of ``eligible``, exactly ``n`` of a layer true.
+  """
+  orders = _random_orders(eligible, words)
+  keys = _stored(
+    [
+      jnp.where(e, order, jnp.zeros_like(order))
+      for e, order in zip(eligible, orders, strict=True)
+    ]
   )
-  return [
-    (key > bound[i])
-    | ((key == bound[i]) & (~linear_index(key.shape) >= last[i]))
-    for i, key in enumerate(keys())
-  ]
+  # No two keys are equal, so the search ends with exactly n above low.
+  low = _search(keys, n, _MAX_ORDER + 1).low
+  rows = _rows(keys, low)
+  return _stored([key >= row for key, row in zip(keys, rows, strict=True)])

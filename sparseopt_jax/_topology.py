@@ -2,18 +2,18 @@
 
 A mask update drops the active weights of smallest magnitude and grows as many
 inactive ones, so that the number of active weights of each layer stays what it
-was. The functions here take lists with one entry for each sparse layer.
+was. Arrays of weights stack layers of one shape on their first axis, and per-layer
+values run over all layers in that order.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from sparseopt_jax import _selection
 
@@ -75,6 +75,11 @@ class _Dynamic:
       angle /= jnp.float32(max(self.update_until, 1))
       fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
     return jnp.clip(fraction, 0.0, 1.0)
+
+  def drop_counts(self, count: jax.Array, nnz: jax.Array) -> jax.Array:
+    """floor(f * nnz), the product in float32; int32, at most nnz."""
+    product = self.fraction(count) * nnz.astype(jnp.float32)
+    return jnp.minimum(jnp.floor(product).astype(jnp.int32), nnz)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,43 +195,9 @@ def check(topology: Topology) -> None:
     )
 
 
-def drop_counts(fraction: jax.Array, nnz: jax.Array) -> jax.Array:
-  """floor(fraction * nnz), the product in float32; int32, at most nnz."""
-  product = fraction * nnz.astype(jnp.float32)
-  return jnp.minimum(jnp.floor(product).astype(jnp.int32), nnz)
-
-
-def grow_at_random(
-  eligible: Sequence[jax.Array], n: jax.Array, key: jax.Array
-) -> list[jax.Array]:
-  """Selects ``n`` eligible weights of each layer, all equally likely."""
-  words = jax.random.bits(key, (len(eligible), 2), jnp.uint32)
-  order = [
-    _selection.random_order(words[i], mask.shape)
-    for i, mask in enumerate(eligible)
-  ]
-  return _selection.largest(order, eligible, n)
-
-
-def _grow_by_score(
-  scores: Sequence[jax.Array],
-  eligible: Sequence[jax.Array],
-  n: jax.Array,
-  key: jax.Array,
-) -> list[jax.Array]:
-  """Selects the largest nonzero scores, and makes up ``n`` at random."""
-  scored = [
-    e & _selection.nonzero(s) for s, e in zip(scores, eligible, strict=True)
-  ]
-  certain = jnp.minimum(n, jnp.stack([jnp.sum(s) for s in scored]))
-  grown = _selection.largest(scores, scored, certain)
-
-  def fill() -> list[jax.Array]:
-    zeros = [e & ~s for s, e in zip(scored, eligible, strict=True)]
-    rest = grow_at_random(zeros, n - certain, key)
-    return [a | b for a, b in zip(grown, rest, strict=True)]
-
-  return lax.cond(jnp.any(certain < n), fill, lambda: grown)
+def random_words(key: jax.Array, layers: int) -> jax.Array:
+  """The random state of a selection; uint32 of shape (layers, 2)."""
+  return jax.random.bits(key, (layers, 2), jnp.uint32)
 
 
 def update_masks(
@@ -241,19 +212,19 @@ def update_masks(
   Args:
     masks: Bools, true where a weight is active.
     weights: The weights, of which the active with smallest magnitude go.
-    scores: Growth scores of at least 0, or None to grow at random.
+    scores: What to grow by, largest magnitude first; None to grow at random.
     n: int32 of shape (layers,).
     key: A key for this mask update alone.
 
   Returns:
     The new masks, each with as many active weights as the old.
   """
-  smallness = [-jnp.abs(weight) for weight in weights]
-  dropped = _selection.largest(smallness, masks, n)
+  dropped = _selection.smallest(weights, masks, n)
   kept = [mask & ~drop for mask, drop in zip(masks, dropped, strict=True)]
   eligible = [~mask for mask in kept]
+  words = random_words(key, len(n))
   if scores is None:
-    grown = grow_at_random(eligible, n, key)
+    grown = _selection.at_random(eligible, n, words)
   else:
-    grown = _grow_by_score(scores, eligible, n, key)
+    grown = _selection.largest(scores, eligible, n, words)
   return [mask | grow for mask, grow in zip(kept, grown, strict=True)]

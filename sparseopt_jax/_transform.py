@@ -1,15 +1,20 @@
 """The link of the chain: holds the masks and corrects the gradient."""
 
-import numbers
 from collections.abc import Callable, Sequence
+import numbers
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from sparseopt_jax import _correction, _distributions, _leaves, _topology
+from sparseopt_jax import _correction
+from sparseopt_jax import _distributions
+from sparseopt_jax import _leaves
+from sparseopt_jax import _selection
+from sparseopt_jax import _stacking
+from sparseopt_jax import _topology
 
 # Bits of a weight's status.
 ACTIVE = 1  # in the mask
@@ -93,6 +98,10 @@ def _key_data(seed: Any) -> jax.Array:
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
+def _key(data: jax.Array) -> jax.Array:
+  return jax.random.wrap_key_data(data, impl="threefry2x32")
+
+
 def _place(array: jax.Array, leaf: Any) -> jax.Array:
   """Lays an array out as its parameter, if that is known by now."""
   if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
@@ -101,7 +110,9 @@ def _place(array: jax.Array, leaf: Any) -> jax.Array:
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in gradients]))
+  # A maximum passes NaN on, and is faster on a CPU than a conjunction.
+  largest = [jnp.max(jnp.abs(g), initial=0) for g in gradients]
+  return jnp.all(jnp.isfinite(jnp.stack(largest)))
 
 
 def sparse_only(status: Any, tree: Any) -> list:
@@ -111,17 +122,15 @@ def sparse_only(status: Any, tree: Any) -> list:
   return [x for flag, x in pairs if not _leaves.is_masked_node(flag)]
 
 
-def _with_sparse(status: Any, values: Sequence[Any]) -> Any:
-  """The structure of ``status``, with other entries at the sparse leaves."""
+def _put_sparse(tree: Any, status: Any, values: Sequence[Any]) -> Any:
+  """``tree`` with other entries at the sparse leaves, where it has one."""
   flags, treedef = jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
   rest = iter(values)
+  new = [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
+  pairs = zip(treedef.flatten_up_to(tree), new, strict=True)
   return treedef.unflatten(
-    [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
+    [old if _leaves.is_masked_node(old) else value for old, value in pairs]
   )
-
-
-def _input_axes(fan_in: jax.Array) -> tuple[int, ...]:
-  return tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1)
 
 
 def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
@@ -140,49 +149,69 @@ def _growth_scores(
   if topology.grow_from == "corrected":
     scales = sparse_only(state.status, state.scale)
     scores = [_scaled(g, d) for g, d in zip(scores, scales, strict=True)]
-  return [jnp.abs(score) for score in scores]
+  return scores
 
 
-def _change_masks(
-  topology: _topology.Topology,
+def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
+  changed = new_mask != has_bits(status, ACTIVE)
+  return (
+    (status & jnp.uint8(EXPLORED))
+    | jnp.where(new_mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
+    | jnp.where(changed, jnp.uint8(CHANGED), jnp.uint8(0))
+  )
+
+
+def _new_fan_in(fan_in: jax.Array, new_mask: jax.Array) -> jax.Array:
+  axes = [a for a, size in enumerate(fan_in.shape) if a > 0 and size == 1]
+  active, _ = _selection.count([new_mask, ~new_mask], axes)
+  return active.reshape(fan_in.shape)
+
+
+def _update_masks(
+  topology: _topology.SET | _topology.RigL,
   state: SparseOptState,
   gradients: Any,
   params: Any,
 ) -> SparseOptState:
-  """Drops and grows in every sparse layer."""
+  """Drops and grows in every sparse layer, if all gradients are finite."""
   status = sparse_only(state.status, state.status)
   fan_in = sparse_only(state.status, state.fan_in)
-  masks = [has_bits(s, ACTIVE) for s in status]
-  nnz = jnp.stack([jnp.sum(f) for f in fan_in])
-  key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-  new_masks = _topology.update_masks(
-    masks,
-    sparse_only(state.status, params),
-    _growth_scores(topology, state, gradients),
-    _topology.drop_counts(topology.fraction(state.count), nnz),
-    jax.random.fold_in(key, state.count),
-  )
-  new_fan_in = [
-    _correction.count_fan_in(mask, _input_axes(f))
-    for mask, f in zip(new_masks, fan_in, strict=True)
-  ]
-  new_scale = [
-    d if _leaves.is_masked_node(d) else _correction.scale_from_fan_in(f)
-    for d, f in zip(
-      sparse_only(state.status, state.scale), new_fan_in, strict=True
+  kinds = [(s.shape, f.shape) for s, f in zip(status, fan_in, strict=True)]
+  stacking = _stacking.Stacking(kinds)
+  scores = _growth_scores(topology, state, gradients)
+
+  def change(stacks: tuple[list, list]) -> tuple[list, list]:
+    status, fan_in = stacks
+    nnz = [jnp.sum(f, axis=range(1, f.ndim)) for f in fan_in]
+    new_masks = _topology.update_masks(
+      [has_bits(s, ACTIVE) for s in status],
+      stacking.stack(sparse_only(state.status, params)),
+      None if scores is None else stacking.stack(scores),
+      topology.drop_counts(state.count, jnp.concatenate(nnz)),
+      jax.random.fold_in(_key(state.key), state.count),
     )
+    return (
+      list(map(_new_status, status, new_masks)),
+      list(map(_new_fan_in, fan_in, new_masks)),
+    )
+
+  finite = _all_finite(jax.tree.leaves((gradients, state.gradient_mean)))
+  stacks = (stacking.stack(status), stacking.stack(fan_in))
+  new_status, new_fan_in = once(finite, change, stacks)
+  new_scale = [
+    _correction.scale_from_fan_in(f, range(1, f.ndim)) for f in new_fan_in
   ]
-  new_status = [
-    (s & jnp.uint8(EXPLORED))
-    | jnp.where(new, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
-    | jnp.where(new != old, jnp.uint8(CHANGED), jnp.uint8(0))
-    for s, old, new in zip(status, masks, new_masks, strict=True)
-  ]
+
+  def updated(tree: Any, stacks: Sequence[jax.Array]) -> Any:
+    return _put_sparse(tree, state.status, stacking.unstack(stacks))
+
+  count = optax.safe_increment(state.count)
   return state._replace(
-    updated_at=optax.safe_increment(state.count),
-    status=_with_sparse(state.status, new_status),
-    fan_in=_with_sparse(state.status, new_fan_in),
-    scale=_with_sparse(state.status, new_scale),
+    updated_at=jnp.where(finite, count, state.updated_at),
+    skipped=state.skipped + ~finite,
+    status=updated(state.status, new_status),
+    fan_in=updated(state.fan_in, new_fan_in),
+    scale=updated(state.scale, new_scale),
   )
 
 
@@ -199,7 +228,8 @@ def _accumulate(
       strict=True,
     )
   ]
-  return state._replace(gradient_mean=_with_sparse(state.status, mean))
+  mean_tree = _put_sparse(state.gradient_mean, state.status, mean)
+  return state._replace(gradient_mean=mean_tree)
 
 
 def _advance(
@@ -210,19 +240,16 @@ def _advance(
 ) -> SparseOptState:
   """The state after a call: counted, and with new masks where they are due."""
 
-  def unless_not_finite(state: SparseOptState) -> SparseOptState:
-    seen = jax.tree.leaves((gradients, state.gradient_mean))
-    finite = _all_finite(seen)
-    state = state._replace(skipped=state.skipped + ~finite)
-    change = lambda s: _change_masks(topology, s, gradients, params)
-    return once(finite, change, state)
-
   count = state.count
   if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
-    accumulate = lambda s: _accumulate(topology, s, gradients)
-    state = once(topology.in_window(count), accumulate, state)
+    in_window = topology.in_window(count)
+    state = once(
+      in_window, lambda s: _accumulate(topology, s, gradients), state
+    )
   if not isinstance(topology, _topology.Static):
-    state = once(topology.is_due(count), unless_not_finite, state)
+    due = topology.is_due(count)
+    update = lambda s: _update_masks(topology, s, gradients, params)
+    state = once(due, update, state)
   return state._replace(count=optax.safe_increment(count))
 
 
@@ -353,14 +380,20 @@ def sparseopt(
       if choice
     }
     counts = _distributions.active_counts(shapes, sparsity, distribution)
-    drawn = iter(
-      _topology.grow_at_random(
-        [jnp.ones(shape, jnp.bool_) for shape in shapes.values()],
-        jnp.array(list(counts.values()), jnp.int32),
-        jax.random.wrap_key_data(_key_data(seed), impl="threefry2x32"),
-      )
+    stacking = _stacking.Stacking(list(shapes.values()))
+    everything = [
+      jnp.ones((len(group), *list(shapes.values())[group[0]]), jnp.bool_)
+      for group in stacking.groups
+    ]
+    # Else XLA would evaluate the masks at compile time, slowly.
+    key = _key(lax.optimization_barrier(_key_data(seed)))
+    drawn = _selection.at_random(
+      everything,
+      jnp.array(stacking.order(list(counts.values())), jnp.int32),
+      _topology.random_words(key, len(shapes)),
     )
-    return [next(drawn) if choice else optax.MaskedNode() for choice in chosen]
+    layers = iter(stacking.unstack(drawn))
+    return [next(layers) if choice else optax.MaskedNode() for choice in chosen]
 
   def init_leaf(mask: Any, is_corrected: bool, path: str, leaf: Any) -> tuple:
     """Status, fan-in, scale and gradient mean of one leaf."""
@@ -370,8 +403,10 @@ def sparseopt(
     axis = output_axis(path, leaf) if callable(output_axis) else output_axis
     mask = _place(mask, leaf)
     axes = _correction.input_axes(mask.ndim, axis)
-    fan_in = _correction.count_fan_in(mask, axes)
-    scale = _correction.scale_from_fan_in(fan_in) if is_corrected else none
+    fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+    scale = none
+    if is_corrected:
+      scale = _correction.scale_from_fan_in(fan_in, range(mask.ndim))
     mean = none
     if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
       dtype = jnp.promote_types(leaf.dtype, jnp.float32)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax import _leaves, _transform
-from sparseopt_jax._transform import SettledState, SparseOptState
+from sparseopt_jax import _leaves
+from sparseopt_jax import _transform
+from sparseopt_jax._transform import SettledState
+from sparseopt_jax._transform import SparseOptState
 
 
 def _is_state(node: Any) -> bool:
@@ -242,7 +244,9 @@ def keep_params_sparse(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> optax.OptState:
-    return inner.init(apply_masks(params, inner.init(params)))
+    state = find_state(inner.init(params))
+    # The masks do not depend on values; the first are kept, the second unused.
+    return _replace_state(inner.init(apply_masks(params, state)), state)
 
   def update_fn(
     updates: optax.Updates,

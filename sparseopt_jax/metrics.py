@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax import _leaves, _selection, _transform, _wrappers
+from sparseopt_jax import _leaves
+from sparseopt_jax import _selection
+from sparseopt_jax import _transform
+from sparseopt_jax import _wrappers
 from sparseopt_jax._transform import SparseOptState
 
 
