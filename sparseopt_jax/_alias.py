@@ -38,8 +38,8 @@ def sparseopt_sgd(
     \end{align*}
 
   with the corrected gradient :math:`\tilde g` and the masks :math:`m` of
-  :func:`sparseopt_jax.sparseopt`. Weight decay comes after the correction and is
-  not rescaled. It is short for
+  :func:`sparseopt_jax.sparseopt`. Weight decay comes after the correction and
+  is not rescaled. It is short for
 
   .. code-block:: python
 

@@ -1,9 +1,9 @@
 """The correction of SparseOpt for the weights of one layer.
 
 Batch normalisation divides the output of neuron :math:`i` by its standard
-deviation, which is proportional to :math:`\\sqrt{1 - s_i}`, where :math:`s_i` is
-the neuron's sparsity. Its gradient is amplified by the inverse. The correction
-multiplies it by
+deviation, which is proportional to :math:`\\sqrt{1 - s_i}`, where :math:`s_i`
+is the neuron's sparsity. Its gradient is amplified by the inverse. The
+correction multiplies it by
 
 .. math::
 
@@ -50,7 +50,7 @@ def input_axes(ndim: int, output_axis: Axes) -> tuple[int, ...]:
 def scale_from_fan_in(fan_in: jax.Array, axes: Sequence[int]) -> jax.Array:
   """sqrt(f_i n_out / nnz) in float32, over neurons that lie along ``axes``.
 
-  Counts stay integers until the last step, so that equal fan-ins give exactly 1.
+  Counts stay integers until the last step: equal fan-ins give exactly 1.
   """
   nnz = jnp.sum(fan_in, axis=axes, keepdims=True)
   share = fan_in * math.prod(fan_in.shape[axis] for axis in axes)
@@ -145,8 +145,8 @@ def correct(
     >>> import sparseopt_jax
     >>> mask = jnp.array([[True, True], [True, False]])
     >>> print(sparseopt_jax.correct(jnp.ones((2, 2)), mask))
-    [[1.1547005  0.81649655]
-     [1.1547005  0.        ]]
+    [[1.1547005 0.8164966]
+     [1.1547005 0.       ]]
 
   References:
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in

@@ -1,4 +1,4 @@
-"""What becomes of each leaf of the parameters: sparse, corrected, which axes."""
+"""Which leaves of the parameters are sparse, and their masks if given."""
 
 from collections.abc import Callable, Sequence
 import math
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparseopt_jax import _correction
@@ -66,7 +67,7 @@ def choose(
   else:
     chosen = _flatten_like(name, rule, params, "a bool for each leaf")
   for leaf, choice in zip(leaves, chosen, strict=True):
-    if not isinstance(choice, bool):
+    if not isinstance(choice, bool | np.bool_):
       raise TypeError(
         f"{name} must give a bool for each leaf; got {choice!r} for "
         f"{leaf.path!r}."
@@ -76,7 +77,8 @@ def choose(
 
 def _flatten_like(name: str, tree: Any, params: Any, content: str) -> list:
   try:
-    return jax.tree.structure(params).flatten_up_to(tree)
+    treedef: Any = jax.tree.structure(params)
+    return treedef.flatten_up_to(tree)
   except (ValueError, TypeError) as error:
     raise ValueError(
       f"{name} must have the structure of the parameters, with {content}; got "
@@ -91,9 +93,10 @@ def given_masks(masks: Any, params: Any, leaves: Sequence[Leaf]) -> list:
   for leaf, mask in zip(leaves, given, strict=True):
     if is_masked_node(mask):
       continue
-    if getattr(mask, "dtype", None) != jnp.bool_:
+    dtype = getattr(mask, "dtype", type(mask).__name__)
+    if dtype != jnp.bool_:
       raise TypeError(
-        f"masks must hold {content}; got {mask!r} at {leaf.path!r}."
+        f"masks must hold {content}; got {dtype} at {leaf.path!r}."
       )
     if mask.shape != leaf.shape:
       raise ValueError(
@@ -115,8 +118,8 @@ def choose_sparse(
     if rule is not None and chosen != choose("sparse", rule, params, leaves):
       paths = [leaf.path for leaf, c in zip(leaves, chosen, strict=True) if c]
       raise ValueError(
-        f"sparse must choose the leaves that masks has arrays for, {paths}; got "
-        f"{rule!r}."
+        "sparse must choose the leaves that masks has arrays for, which are "
+        f"{paths}; got {rule!r}."
       )
   _check_sparse(leaves, chosen)
   return chosen

@@ -2,8 +2,8 @@
 
 A mask update drops the active weights of smallest magnitude and grows as many
 inactive ones, so that the number of active weights of each layer stays what it
-was. Arrays of weights stack layers of one shape on their first axis, and per-layer
-values run over all layers in that order.
+was. Arrays of weights stack layers of one shape on their first axis, and
+per-layer values run over all layers in that order.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class _Dynamic:
         "drop_fraction must be a float or a schedule; got "
         f"{self.drop_fraction!r}."
       )
-    if not 0.0 <= self.drop_fraction <= 1.0:
+    if not 0.0 <= float(self.drop_fraction) <= 1.0:
       raise ValueError(
         f"drop_fraction must lie in [0, 1]; got {self.drop_fraction!r}."
       )
@@ -126,8 +126,8 @@ class RigL(_Dynamic):
   r"""RigL: drop by magnitude, grow where the dense gradient is largest.
 
   As :class:`sparseopt_jax.SET`, but of the inactive weights those of largest
-  :math:`|\partial L / \partial w|` are grown. Ties, in drop and in growth, go to
-  the lowest row-major index. Where fewer inactive weights than needed have a
+  :math:`|\partial L / \partial w|` are grown. Ties, in drop and in growth, go
+  to the lowest row-major index. Where fewer inactive weights than needed have a
   nonzero gradient, the rest is grown at random.
 
   The gradients passed to ``update`` have to be dense: differentiate the loss at
@@ -138,11 +138,11 @@ class RigL(_Dynamic):
     update_every: Calls between two mask updates.
     drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
       :math:`f(t)` itself.
-    grow_from: ``'raw'`` takes the gradient as it comes, ``'corrected'`` rescales
-      it as the weights' own gradient is, which explores less.
-    accumulate: Growth scores come from the mean gradient of this many calls, the
-      mask update's own the last of them. More than 1 stores one more float for
-      each weight.
+    grow_from: ``'raw'`` takes the gradient as it comes, ``'corrected'``
+      rescales it as the weights' own gradient is, which explores less.
+    accumulate: Growth scores come from the mean gradient of this many calls,
+      the mask update's own the last of them. More than 1 stores one more float
+      for each weight.
 
   Raises:
     TypeError: If an argument has the wrong type.

@@ -30,7 +30,8 @@ class SparseOptState(NamedTuple):
   their leaf, with length 1 on the input axes.
   """
 
-  count: jax.Array  # shape=(), dtype=jnp.int32; calls of update so far
+  # shape=(), dtype=jnp.int32; calls of update so far
+  count: jax.Array  # type: ignore[assignment]
   updated_at: jax.Array  # shape=(), dtype=jnp.int32; count after a mask update
   skipped: jax.Array  # shape=(), dtype=jnp.int32; mask updates given up
   key: jax.Array  # shape=(2,), dtype=jnp.uint32; threefry key data
@@ -115,16 +116,21 @@ def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
   return jnp.all(jnp.isfinite(jnp.stack(largest)))
 
 
+def _flatten(status: Any) -> tuple[list, Any]:
+  """Leaves, MaskedNode among them, and the structure of the parameters."""
+  return jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+
+
 def sparse_only(status: Any, tree: Any) -> list:
   """The entries of ``tree`` at the sparse leaves."""
-  flags, treedef = jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+  flags, treedef = _flatten(status)
   pairs = zip(flags, treedef.flatten_up_to(tree), strict=True)
   return [x for flag, x in pairs if not _leaves.is_masked_node(flag)]
 
 
 def _put_sparse(tree: Any, status: Any, values: Sequence[Any]) -> Any:
   """``tree`` with other entries at the sparse leaves, where it has one."""
-  flags, treedef = jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+  flags, treedef = _flatten(status)
   rest = iter(values)
   new = [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
   pairs = zip(treedef.flatten_up_to(tree), new, strict=True)
@@ -140,7 +146,9 @@ def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
 
 
 def _growth_scores(
-  topology: _topology.Topology, state: SparseOptState, gradients: Any
+  topology: _topology.SET | _topology.RigL,
+  state: SparseOptState,
+  gradients: Any,
 ) -> list[jax.Array] | None:
   if isinstance(topology, _topology.SET):
     return None
@@ -248,13 +256,14 @@ def _advance(
     )
   if not isinstance(topology, _topology.Static):
     due = topology.is_due(count)
-    update = lambda s: _update_masks(topology, s, gradients, params)
-    state = once(due, update, state)
+    state = once(
+      due, lambda s: _update_masks(topology, s, gradients, params), state
+    )
   return state._replace(count=optax.safe_increment(count))
 
 
 def _correct(gradients: Any, state: SparseOptState, scale: Any) -> Any:
-  """Zero outside the masks, rescaled per neuron where the layer is corrected."""
+  """Zero outside the masks; rescaled where the layer is corrected."""
   fresh = just_updated(state)
 
   def one(status: Any, gradient: Any, scale: Any) -> Any:
@@ -282,8 +291,8 @@ def sparseopt(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Sparse training with the gradient skew of batch normalisation undone.
 
-  Holds a mask for each sparse layer, updates the masks as the topology says, and
-  turns the gradient :math:`g` of a layer into
+  Holds a mask for each sparse layer, updates the masks as the topology says,
+  and turns the gradient :math:`g` of a layer into
 
   .. math::
 
@@ -291,13 +300,14 @@ def sparseopt(
     D = \mathrm{diag}\left(\sqrt{1 - s_i}\right), \qquad
     s_i = 1 - \frac{f_i}{N},
 
-  with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense fan-in
-  :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of :math:`s_i` over
-  the layer. :func:`sparseopt_jax.correct` is that formula for one layer. The
-  number of active weights of a layer is fixed at ``init`` and never changes.
+  with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense
+  fan-in :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of
+  :math:`s_i` over the layer. :func:`sparseopt_jax.correct` is that formula for
+  one layer. The number of active weights of a layer is fixed at ``init`` and
+  never changes.
 
-  It belongs first in a chain. A link cannot cancel what later links add, such as
-  momentum, so either wrap the whole chain in
+  It belongs first in a chain. A link cannot cancel what later links add, such
+  as momentum, so either wrap the whole chain in
   :func:`sparseopt_jax.keep_params_sparse`, or call
   :func:`sparseopt_jax.apply_masks` after each ``optax.apply_updates``.
 
@@ -415,7 +425,8 @@ def sparseopt(
     return status, fan_in, scale, mean
 
   def init_fn(params: optax.Params) -> SparseOptState:
-    values, treedef = jax.tree.flatten(params)
+    treedef: Any = jax.tree.structure(params)
+    values = jax.tree.leaves(params)
     leaves = _leaves.describe(params)
     columns: list = [(), (), (), ()]
     # optax.tree.map_params calls init with a tree that has no leaves.

@@ -46,9 +46,9 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
       any depth; or that state itself.
 
   Returns:
-    The parameters' structure with a bool array in the shape of each sparse leaf,
-    true where a weight is active, and ``optax.MaskedNode()`` for the others.
-    ``sparseopt(..., masks=...)`` starts from it.
+    The parameters' structure with a bool array in the shape of each sparse
+    leaf, true where a weight is active, and ``optax.MaskedNode()`` for the
+    others. ``sparseopt(..., masks=...)`` starts from it.
 
   Raises:
     ValueError: If the state holds no SparseOptState or several.
@@ -156,8 +156,8 @@ def _restart_slots(
 ) -> optax.OptState:
   """Starts the per-weight state anew where a mask changed.
 
-  The slots are found by ``optax.tree.map_params``, which knows the copies of the
-  parameters in any state; the weights in question are 0, so is what
+  The slots are found by ``optax.tree.map_params``, which knows the copies of
+  the parameters in any state. The weights in question are 0, and so is what
   ``inner.init`` sees here.
   """
 
@@ -190,10 +190,10 @@ def keep_params_sparse(
 ) -> optax.GradientTransformationExtraArgs:
   r"""Keeps the parameters exactly zero outside the masks, at every step.
 
-  A link in front of a chain can mask gradients, but it cannot cancel the momentum
-  or the decay that later links add, nor start their state anew. The owner of the
-  whole chain can: outside the masks it emits :math:`-w`, and :math:`w + (-w)` is
-  exactly 0 in floating point.
+  A link in front of a chain can mask gradients, but it cannot cancel the
+  momentum or the decay that later links add, nor start their state anew. The
+  owner of the whole chain can: outside the masks it emits :math:`-w`, and
+  :math:`w + (-w)` is exactly 0 in floating point.
 
   On a call that updates the masks, a weight that was dropped or grown is at 0
   afterwards. Its per-weight state in ``inner`` (momentum, second moment, ...)
@@ -202,17 +202,17 @@ def keep_params_sparse(
   under a zero gradient, it is fresh on return. A weight that was dropped and
   grown again in the same update has not changed.
 
-  The wrapper has no state of its own: its state is that of ``inner``. In a call it
-  asks ``inner`` twice, first for the masks, then for the step under them; of the
-  first all but the masks is dead code, which ``jax.jit`` removes.
+  The wrapper has no state of its own: its state is that of ``inner``. In a call
+  it asks ``inner`` twice, first for the masks, then for the step under them; of
+  the first all but the masks is dead code, which ``jax.jit`` removes.
 
   Args:
     inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it.
 
   Returns:
-    A ``GradientTransformationExtraArgs``. Its ``init`` calls ``inner.init`` on the
-    masked parameters. Its ``update`` needs ``params`` and passes extra arguments
-    on.
+    A ``GradientTransformationExtraArgs``. Its ``init`` calls ``inner.init`` on
+    the masked parameters. Its ``update`` needs ``params`` and passes extra
+    arguments on.
 
   Raises:
     ValueError: In ``init``, if ``inner`` holds no sparseopt or several; in

@@ -16,7 +16,8 @@ from typing import Any
 
 from flax import linen as nn
 
-from sparseopt_jax import _dataflow, _topology
+from sparseopt_jax import _dataflow
+from sparseopt_jax import _topology
 
 
 def forward_flops(

@@ -6,9 +6,9 @@ neuron axis is an int or a tuple of ints; per-neuron results have the shape of
 those axes, in the order given.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import fractions
 import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np

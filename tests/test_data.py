@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 
+from array_record.python import array_record_module
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sparseopt_jax import data
-from sparseopt_jax.data import augmentation, imagenet, in_memory, prepare
+from sparseopt_jax.data import augmentation
+from sparseopt_jax.data import imagenet
+from sparseopt_jax.data import in_memory
+from sparseopt_jax.data import prepare
 
 # ImageNet's mock images are generated anew at each access: keep them few.
 NUM_MOCKED = 10

@@ -2,13 +2,16 @@
 
 import functools
 
+from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
-from flax import traverse_util
 
-from sparseopt_jax import _distributions, _topology, flops, models
+from sparseopt_jax import _distributions
+from sparseopt_jax import _topology
+from sparseopt_jax import flops
+from sparseopt_jax import models
 
 
 class WideBlock(nn.Module):

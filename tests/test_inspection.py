@@ -1,12 +1,13 @@
 """Tests of the search for the normalisation that follows a kernel."""
 
+from flax import linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
-from jax.ad_checkpoint import checkpoint_name
 
-from sparseopt_jax import inspection, models
+from sparseopt_jax import inspection
+from sparseopt_jax import models
 
 IMAGES = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 VECTORS = jax.ShapeDtypeStruct((4, 6), jnp.float32)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Iterator
+import dataclasses
 
 import jax
-import numpy as np
 from jax.typing import DTypeLike
+import numpy as np
 
-from sparseopt_jax.data import augmentation, order
+from sparseopt_jax.data import augmentation
+from sparseopt_jax.data import order
 
 Batch = dict[str, np.ndarray]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 from PIL import Image
 
-from sparseopt_jax.data import order, tfds_source
-from sparseopt_jax.data.dataset import Batch, Dataset
+from sparseopt_jax.data import order
+from sparseopt_jax.data import tfds_source
+from sparseopt_jax.data.dataset import Batch
+from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.data.tfds_source import Example
 
 Box = tuple[float, float, float, float]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
 
 import numpy as np
 
-from sparseopt_jax.data import order, tfds_source
-from sparseopt_jax.data.dataset import Batch, Dataset
+from sparseopt_jax.data import order
+from sparseopt_jax.data import tfds_source
+from sparseopt_jax.data.dataset import Batch
+from sparseopt_jax.data.dataset import Dataset
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -106,7 +108,8 @@ def channel_statistics(
 
 def _read_digits() -> tuple[int, Arrays, Arrays]:
   """Scikit-learn's digits, 80 % for training, the same split in every run."""
-  from sklearn import datasets, model_selection
+  from sklearn import datasets
+  from sklearn import model_selection
 
   pixels, labels = datasets.load_digits(return_X_y=True)
   # Ink comes in 0, ..., 16.

@@ -12,9 +12,9 @@ other data sets that are in that folder are not downloaded either.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 import importlib.util
 import sys
-from collections.abc import Sequence
 
 from sparseopt_jax import data
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+import os
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,7 @@ def read_all(source: Sequence[Example]) -> list[Example]:
   Returns:
     A list of dicts.
   """
-  from array_record.python import (  # type: ignore[import-untyped]
-    array_record_data_source,
-  )
+  from array_record.python import array_record_data_source  # type: ignore[import-untyped]
 
   records = source.data_source  # type: ignore[attr-defined]
   if isinstance(records, array_record_data_source.ArrayRecordDataSource):

@@ -1,0 +1,157 @@
+"""Bad input gets an error that names the argument and its value."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparseopt_jax
+from sparseopt_jax import SET
+from sparseopt_jax import RigL
+
+PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+
+
+def masks_like(kernel, bias=optax.MaskedNode()):  # noqa: B008
+  return {"kernel": kernel, "bias": bias}
+
+
+@pytest.mark.parametrize(
+  ("make", "error", "message"),
+  [
+    (lambda: sparseopt_jax.sparseopt(1.0), ValueError, r"sparsity.*1\.0"),
+    (lambda: sparseopt_jax.sparseopt(-0.1), ValueError, r"sparsity.*-0\.1"),
+    (
+      lambda: sparseopt_jax.sparseopt(float("nan")),
+      ValueError,
+      "sparsity.*nan",
+    ),
+    (lambda: sparseopt_jax.sparseopt("0.9"), TypeError, r"sparsity.*'0\.9'"),
+    (lambda: sparseopt_jax.sparseopt(jnp.ones(())), TypeError, "sparsity.*1"),
+    (
+      lambda: sparseopt_jax.sparseopt(0.9, "rigl"),
+      TypeError,
+      "topology.*'rigl'",
+    ),
+    (lambda: sparseopt_jax.sparseopt(0.9, RigL), TypeError, "topology.*RigL"),
+    (
+      lambda: sparseopt_jax.sparseopt(0.9, distribution="er"),
+      ValueError,
+      "distribution.*'er'",
+    ),
+    (
+      lambda: sparseopt_jax.sparseopt(0.9, output_axis="last"),
+      TypeError,
+      "output_axis.*'last'",
+    ),
+    (lambda: sparseopt_jax.sparseopt(0.9, seed="a"), TypeError, "seed.*'a'"),
+    (lambda: sparseopt_jax.sparseopt(0.9, seed=1.5), TypeError, r"seed.*1\.5"),
+    (lambda: SET(10, 0), ValueError, "update_every.*0"),
+    (lambda: RigL(10, -5), ValueError, "update_every.*-5"),
+    (lambda: RigL(10, 2.5), TypeError, r"update_every.*2\.5"),
+    (lambda: RigL(-1), ValueError, "update_until.*-1"),
+    (lambda: SET("10"), TypeError, "update_until.*'10'"),
+    (lambda: RigL(10, drop_fraction=1.5), ValueError, r"drop_fraction.*1\.5"),
+    (lambda: SET(10, drop_fraction=-0.1), ValueError, r"drop_fraction.*-0\.1"),
+    (lambda: SET(10, drop_fraction="x"), TypeError, "drop_fraction.*'x'"),
+    (lambda: RigL(10, grow_from="all"), ValueError, "grow_from.*'all'"),
+    (lambda: RigL(10, accumulate=0), ValueError, "accumulate.*0"),
+    (lambda: RigL(10, 5, accumulate=6), ValueError, "accumulate.*6"),
+  ],
+)
+def test_at_construction(make, error, message):
+  with pytest.raises(error, match=message):
+    make()
+
+
+@pytest.mark.parametrize(
+  ("kwargs", "error", "message"),
+  [
+    ({"sparse": lambda path, leaf: False}, ValueError, "sparse.*'kernel'"),
+    ({"sparse": {"kernel": True}}, ValueError, "sparse.*structure"),
+    ({"sparse": masks_like(True, 0)}, TypeError, "sparse.*bool.*0.*'bias'"),
+    ({"corrected": {"bias": True}}, ValueError, "corrected.*structure"),
+    ({"corrected": lambda path, leaf: "no"}, TypeError, "corrected.*'no'"),
+    ({"output_axis": 2}, ValueError, "output_axis.*2"),
+    ({"output_axis": lambda path, leaf: None}, TypeError, "output_axis.*None"),
+    (
+      {"masks": {"kernel": np.ones((4, 3), bool)}},
+      ValueError,
+      "masks.*structure",
+    ),
+    (
+      {"masks": masks_like(np.ones((3, 4), bool))},
+      ValueError,
+      r"masks.*\(3, 4\).*'kernel'",
+    ),
+    ({"masks": masks_like(np.ones((4, 3)))}, TypeError, "masks.*float64.*'kernel'"),
+    ({"masks": masks_like(None)}, (TypeError, ValueError), "masks"),
+    (
+      {"masks": masks_like(optax.MaskedNode())},
+      ValueError,
+      "at least one leaf.*'kernel'",
+    ),
+    (
+      {
+        "masks": masks_like(np.ones((4, 3), bool)),
+        "sparse": masks_like(True, True),
+      },
+      ValueError,
+      "sparse.*masks.*'kernel'",
+    ),
+  ],
+)
+def test_at_init(kwargs, error, message):
+  tx = sparseopt_jax.sparseopt(0.5, **kwargs)
+  with pytest.raises(error, match=message):
+    tx.init(PARAMS)
+
+
+def test_integers_and_scalars_cannot_be_sparse():
+  every = lambda path, leaf: True
+  with pytest.raises(TypeError, match=r"sparse.*'n'.*int32"):
+    sparseopt_jax.sparseopt(0.5, sparse=every).init({"n": jnp.arange(3)})
+  with pytest.raises(ValueError, match=r"sparse.*'x'.*\(\)"):
+    sparseopt_jax.sparseopt(0.5, sparse=every).init({"x": jnp.ones(())})
+
+
+@pytest.mark.parametrize("topology", [sparseopt_jax.Static(), RigL(10)])
+@pytest.mark.parametrize(
+  "wrap", [lambda tx: tx, sparseopt_jax.keep_params_sparse]
+)
+def test_update_without_params(topology, wrap):
+  tx = wrap(sparseopt_jax.sparseopt(0.5, topology))
+  with pytest.raises(ValueError, match=r"params.*None"):
+    tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    sparseopt_jax.get_masks,
+    sparseopt_jax.sparsity_metrics,
+    sparseopt_jax.sparsity_table,
+    sparseopt_jax.masks_checksum,
+    lambda state: sparseopt_jax.apply_masks(PARAMS, state),
+  ],
+)
+def test_no_state_or_two(function):
+  with pytest.raises(ValueError, match=r"opt_state.*exactly one.*got 0"):
+    function(optax.adam(0.1).init(PARAMS))
+  link = sparseopt_jax.sparseopt(0.5)
+  with pytest.raises(ValueError, match=r"opt_state.*exactly one.*got 2"):
+    function(optax.chain(link, link).init(PARAMS))
+
+
+def test_the_wrapper_needs_a_link():
+  with pytest.raises(ValueError, match=r"exactly one SparseOptState; got 0"):
+    sparseopt_jax.keep_params_sparse(optax.sgd(0.1)).init(PARAMS)
+
+
+def test_errors_do_not_fire_on_abstract_or_leafless_trees():
+  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.5, RigL(10))
+  state = jax.eval_shape(tx.init, PARAMS)
+  assert state[0].status["kernel"].shape == (4, 3)
+  mapped = optax.tree.map_params(tx, lambda leaf: leaf, tx.init(PARAMS))
+  assert jax.tree.structure(mapped) == jax.tree.structure(state)

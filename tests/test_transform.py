@@ -1,0 +1,283 @@
+"""Whole runs of the transformation against the oracle, step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import sparseopt_jax
+
+EVERY = 5
+PARAMS = {
+  "Conv_0/kernel": (3, 3, 2, 8),
+  "Conv_1/kernel": (3, 3, 8, 8),
+  "Dense_0/kernel": (8, 10),
+  "Dense_0/bias": (10,),
+}
+SPARSE = [path for path in PARAMS if path.endswith("kernel")]
+TOPOLOGIES = {
+  "static": (sparseopt_jax.Static(), oracle.Topology()),
+  "set": (
+    sparseopt_jax.SET(1_000, EVERY),
+    oracle.Topology("set", 1_000, EVERY),
+  ),
+  "rigl": (
+    sparseopt_jax.RigL(1_000, EVERY),
+    oracle.Topology("rigl", 1_000, EVERY),
+  ),
+  "rigl_corrected": (
+    sparseopt_jax.RigL(1_000, EVERY, grow_from="corrected"),
+    oracle.Topology("rigl", 1_000, EVERY, grow_from="corrected"),
+  ),
+}
+
+
+def random_params(seed=0, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  return {p: rng.normal(size=s).astype(dtype) for p, s in PARAMS.items()}
+
+
+def random_gradients(step, dtype=np.float32, ties=False):
+  rng = np.random.default_rng(1_000 + step)
+  gradients = {p: rng.normal(size=s) for p, s in PARAMS.items()}
+  if ties:  # few distinct values, many zeros: a dead input, say
+    gradients = {p: np.round(g) / 4 for p, g in gradients.items()}
+    gradients["Conv_1/kernel"][:, :, 2:] = 0
+  return {p: g.astype(dtype) for p, g in gradients.items()}
+
+
+def as_numpy(tree):
+  return {path: np.array(leaf) for path, leaf in tree.items()}
+
+
+def masks_of(opt_state):
+  masks = sparseopt_jax.get_masks(opt_state)
+  return {path: np.array(masks[path]) for path in SPARSE}
+
+
+def start(topology, **kwargs):
+  tx = sparseopt_jax.sparseopt_sgd(
+    0.1, 0.8, topology, momentum=0.9, weight_decay=1e-2, **kwargs
+  )
+
+  @jax.jit
+  def step(params, opt_state, gradients):
+    updates, opt_state = tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  return tx, step
+
+
+def run_both(name, steps, *, ties=False, dtype=np.float32, follow=True):
+  """Compares every step; `follow` gives the oracle the package's parameters."""
+  topology, oracle_topology = TOPOLOGIES[name]
+  tx, step = start(topology)
+  params = random_params(dtype=dtype)
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  run = oracle.Run(
+    as_numpy(params),
+    masks_of(opt_state),
+    oracle_topology,
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=1e-2,
+    dtype=np.float64,
+  )
+  for t in range(steps):
+    gradients = random_gradients(t, dtype, ties)
+    if follow:
+      run.params = {
+        p: w.astype(np.float64) for p, w in as_numpy(params).items()
+      }
+    params, opt_state = step(params, opt_state, gradients)
+    record = run.step(gradients, chosen=masks_of(opt_state))
+    for path, mask in masks_of(opt_state).items():
+      np.testing.assert_array_equal(mask, record.masks[path], err_msg=f"{t}")
+      assert np.all(np.asarray(params[path])[~mask] == 0)
+  return params, opt_state, record
+
+
+# Corrected scores are rounded, so exact ties would be broken by the rounding.
+RUNS = [(name, False) for name in TOPOLOGIES]
+RUNS += [("set", True), ("rigl", True)]
+
+
+@pytest.mark.parametrize(("name", "ties"), RUNS)
+def test_masks_and_parameters_agree_with_oracle(name, ties):
+  params, opt_state, record = run_both(name, 41, ties=ties)
+  for path in PARAMS:
+    np.testing.assert_allclose(
+      params[path], record.params[path], rtol=2e-5, atol=1e-6
+    )
+  trace = optax.tree.get(opt_state, "trace")
+  for path in PARAMS:
+    np.testing.assert_allclose(
+      trace[path], record.momentum[path], rtol=1e-4, atol=1e-5
+    )
+  metrics = sparseopt_jax.sparsity_metrics(opt_state)
+  assert int(metrics["dead_neurons"]) == sum(
+    np.sum(oracle.fan_ins(record.masks[path]) == 0) for path in SPARSE
+  )
+  np.testing.assert_allclose(metrics["itop_rate"], record.itop_rate, rtol=1e-6)
+  np.testing.assert_allclose(
+    metrics["mask_change"], record.mask_change, rtol=1e-6
+  )
+
+
+def test_float64_run_stays_with_the_oracle_on_its_own():
+  with jax.enable_x64(True):
+    params, _, record = run_both("rigl", 41, dtype=np.float64, follow=False)
+    for path in PARAMS:
+      # The factors are stored in float32.
+      np.testing.assert_allclose(
+        params[path], record.params[path], rtol=1e-5, atol=1e-7
+      )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_a_thousand_steps_agree_with_the_oracle(name):
+  run_both(name, 1_000, ties=name in ("set", "rigl"))
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_number_of_active_weights_never_changes(name):
+  tx, step = start(TOPOLOGIES[name][0])
+  params = random_params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  counts = oracle.active_counts(
+    {p: PARAMS[p] for p in SPARSE},
+    oracle.erk({p: PARAMS[p] for p in SPARSE}, 0.8),
+  )
+  for t in range(31):
+    params, opt_state = step(params, opt_state, random_gradients(t))
+    masks = masks_of(opt_state)
+    assert {path: mask.sum() for path, mask in masks.items()} == counts
+
+
+def dense(shapes, sparsity):
+  del sparsity
+  return dict.fromkeys(shapes, 1.0)
+
+
+def test_dense_masks_leave_gradients_alone_bit_for_bit():
+  tx = sparseopt_jax.sparseopt(
+    0.8, sparseopt_jax.RigL(1_000, 3), distribution=dense
+  )
+  params, update = random_params(), jax.jit(tx.update)
+  opt_state = tx.init(params)
+  for t in range(7):
+    gradients = random_gradients(t)
+    updates, opt_state = update(gradients, opt_state, params)
+    for path in PARAMS:
+      np.testing.assert_array_equal(updates[path], gradients[path])
+
+
+def test_dense_masks_are_plain_sgd_bit_for_bit():
+  # Not under jit, where XLA fuses multiplications into additions as it likes.
+  plain = optax.chain(
+    optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9)
+  )
+  sparse = sparseopt_jax.keep_params_sparse(
+    optax.chain(
+      sparseopt_jax.sparseopt(
+        0.8, sparseopt_jax.RigL(1_000, 3), distribution=dense
+      ),
+      plain,
+    )
+  )
+  trajectories = []
+  for tx in (plain, sparse):
+    params = random_params()
+    opt_state = tx.init(params)
+    for t in range(7):
+      updates, opt_state = tx.update(random_gradients(t), opt_state, params)
+      params = optax.apply_updates(params, updates)
+    trajectories.append(params)
+  for path in PARAMS:
+    np.testing.assert_array_equal(trajectories[0][path], trajectories[1][path])
+
+
+def test_equal_fan_in_is_uncorrected_bit_for_bit():
+  masks = {path: optax.MaskedNode() for path in PARAMS}
+  kernel = np.zeros(PARAMS["Conv_1/kernel"], bool)
+  kernel[0, :, :3] = True
+  masks["Conv_1/kernel"] = kernel
+  params = random_params()
+  trajectories = []
+  for corrected in (True, False):
+    tx, step = start(sparseopt_jax.Static(), masks=masks, corrected=corrected)
+    opt_state = tx.init(params)
+    trajectory = sparseopt_jax.apply_masks(params, opt_state)
+    for t in range(5):
+      trajectory, opt_state = step(trajectory, opt_state, random_gradients(t))
+    trajectories.append(trajectory)
+  for path in PARAMS:
+    np.testing.assert_array_equal(trajectories[0][path], trajectories[1][path])
+
+
+def test_layers_that_are_not_corrected_keep_their_gradient():
+  corrected = lambda path, leaf: path.startswith("Conv")
+  tx = sparseopt_jax.sparseopt(0.5, corrected=corrected)
+  params = random_params()
+  opt_state = tx.init(params)
+  gradients = random_gradients(0)
+  updates, _ = tx.update(gradients, opt_state, params)
+  for path, mask in masks_of(opt_state).items():
+    if path.startswith("Conv"):
+      want = oracle.correct(gradients[path], mask)
+      np.testing.assert_allclose(updates[path], want, rtol=1e-6)
+    else:
+      want = np.where(mask, gradients[path], 0)
+      np.testing.assert_array_equal(updates[path], want)
+  bias = "Dense_0/bias"
+  np.testing.assert_array_equal(updates[bias], gradients[bias])
+
+
+def test_masks_differ_between_layers_seeds_and_updates():
+  params = {"a": np.ones((32, 32), np.float32), "b": np.ones((32, 32))}
+  masks = [
+    sparseopt_jax.get_masks(
+      sparseopt_jax.sparseopt(0.5, seed=seed).init(params)
+    )
+    for seed in (0, 1)
+  ]
+  drawn = [masks[0]["a"], masks[0]["b"], masks[1]["a"], masks[1]["b"]]
+  for i in range(4):
+    for j in range(i):
+      # Independent halves agree in half of the 1,024 places, +- 16.
+      assert 412 < int(jnp.sum(drawn[i] == drawn[j])) < 612
+
+
+def test_random_masks_are_uniform():
+  params = {"kernel": np.ones((20, 10), np.float32)}
+  init = lambda seed: sparseopt_jax.sparseopt(0.9, seed=seed).init(params)
+  states = jax.vmap(init)(jnp.arange(2_000))
+  rate = np.mean(np.asarray(states.status["kernel"]) & 1, axis=0)
+  # 200 places, standard error sqrt(.1 * .9 / 2000) = .0067
+  np.testing.assert_allclose(rate, 0.1, atol=0.03)
+  assert 0.8 < np.std(rate) / 0.0067 < 1.2
+
+
+def test_set_grows_uniformly_among_the_inactive():
+  # One active weight is dropped in each update; it may come back.
+  params = {"kernel": np.arange(1.0, 41.0, dtype=np.float32).reshape(8, 5)}
+  masks = {"kernel": params["kernel"] > 20}
+
+  def grown(seed):
+    topology = sparseopt_jax.SET(10, 1, drop_fraction=lambda count: 0.05)
+    tx = sparseopt_jax.sparseopt(0.5, topology, masks=masks, seed=seed)
+    opt_state = tx.init(params)
+    for _ in range(2):
+      _, opt_state = tx.update(params, opt_state, params)
+    return sparseopt_jax.get_masks(opt_state)["kernel"] & ~masks["kernel"]
+
+  counts = np.sum(np.asarray(jax.vmap(grown)(jnp.arange(2_100))), axis=0)
+  came_back = 2_100 - counts.sum()
+  # 21 candidates, 100 each, standard deviation sqrt(100 * 20 / 21) = 9.8
+  assert abs(came_back - 100) < 45
+  assert np.all(np.abs(counts[params["kernel"] <= 20] - 100) < 45)
