@@ -35,8 +35,8 @@ def random_order(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """A pseudo-random uint32 below 2**31 for each element, all of them different.
 
   The finaliser of MurmurHash3 in 31 bits, keyed twice: a bijection of the
-  position. ``jax.random.bits`` on a CPU costs some fifty times as much and would
-  be most of a mask update.
+  position. ``jax.random.bits`` on a CPU costs some fifty times as much and
+  would be most of a mask update.
 
   Args:
     word: uint32 of shape (2,), fresh for each layer and use.
@@ -69,7 +69,7 @@ def _large_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
 
 
 def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
-  """Against the order of |value|: 0 not eligible, 1 NaN, 2 infinity, ..., zero."""
+  """Against the order of |value|: 0 not eligible, 1 NaN, 2 infinity, ..."""
   bits, infinity = _magnitude(value)
   key = jnp.where(bits > infinity, jnp.ones_like(bits), infinity - bits + 2)
   return jnp.where(eligible, key, jnp.zeros_like(bits))
@@ -86,8 +86,8 @@ def count(
   """How often each of some bool arrays of one shape is true, over ``axes``.
 
   One variadic reduction reads its operands once for all conditions. On a CPU it
-  is vectorised, while XLA turns a sum of one array into a tree of sums that takes
-  several times longer.
+  is vectorised, while XLA turns a sum of one array into a tree of sums that
+  takes several times longer.
   """
 
   def add(a: tuple, b: tuple) -> tuple:
@@ -174,8 +174,9 @@ def _select(
     keys: Unsigned, 0 where not eligible.
     n: int32 of shape (layers,).
     limit: The largest key there can be.
-    ties: Gives tie keys in the shapes of ``keys``, from the key that the ties of
-      each layer have in common; from 1 to ``max_tie`` and different in a layer.
+    ties: Gives tie keys in the shapes of ``keys``, from the key that the ties
+      of each layer have in common; from 1 to ``max_tie``, all different within
+      a layer.
     max_tie: The largest tie key there can be.
   """
   found = _search(keys, n, limit)

@@ -1,6 +1,7 @@
 """The link of the chain: holds the masks and corrects the gradient."""
 
 from collections.abc import Callable, Sequence
+import functools
 import numbers
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def _key_data(seed: Any) -> jax.Array:
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
       return jax.random.bits(seed, (2,), jnp.uint32)
     if seed.shape == (2,):
-      return seed
+      return jnp.array(seed)  # A copy: the state may be donated.
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
@@ -105,9 +106,34 @@ def _key(data: jax.Array) -> jax.Array:
 
 def _place(array: jax.Array, leaf: Any) -> jax.Array:
   """Lays an array out as its parameter, if that is known by now."""
-  if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+  if isinstance(leaf, jax.core.Tracer):
+    if _explicit_mesh(leaf) is None:
+      return array
+    return jax.sharding.reshard(array, jax.typeof(leaf).sharding)
+  # An array put on a device is bound to it; one that is not must stay free.
+  if isinstance(leaf, jax.Array) and leaf.committed:
     return jax.device_put(array, leaf.sharding)
   return array
+
+
+def _explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
+  """The mesh in the type of an array, if it has axes of explicit type."""
+  mesh = jax.typeof(array).sharding.mesh
+  return mesh if mesh.explicit_axes else None
+
+
+def _lay_out_freely(
+  update: Callable[..., SparseOptState], state: SparseOptState, *args: Any
+) -> SparseOptState:
+  """Leaves the layouts inside to the compiler, also where axes are explicit."""
+  mesh = _explicit_mesh(jax.tree.leaves(state.status)[0])
+  if mesh is None:
+    return update(state, *args)
+  layouts = jax.tree.map(
+    lambda x: jax.NamedSharding(mesh, jax.typeof(x).sharding.spec), state
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.sharding.auto_axes(update, out_sharding=layouts)(state, *args)
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
@@ -256,9 +282,9 @@ def _advance(
     )
   if not isinstance(topology, _topology.Static):
     due = topology.is_due(count)
-    state = once(
-      due, lambda s: _update_masks(topology, s, gradients, params), state
-    )
+    change = functools.partial(_update_masks, topology)
+    update = lambda s: _lay_out_freely(change, s, gradients, params)
+    state = once(due, update, state)
   return state._replace(count=optax.safe_increment(count))
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -186,3 +187,44 @@ def masks_checksum(opt_state: optax.OptState) -> jax.Array:
     weights = _selection.random_order(word, mask.shape)
     total += jnp.sum(jnp.where(mask, weights, jnp.uint32(0)), dtype=jnp.uint32)
   return total
+
+
+def assert_replicas_agree(opt_state: optax.OptState) -> None:
+  """Raises unless all replicas of a state hold the same masks.
+
+  Masks drift apart if the replicas' gradients are not averaged before
+  ``update``. For the user's own loop, now and then and outside of
+  ``jax.jit``: it compares :func:`sparseopt_jax.masks_checksum` over the rows of
+  a state that ``jax.pmap`` stacks on a first axis, over the devices that hold
+  copies of an array, and over processes.
+
+  Args:
+    opt_state: A state that holds one :class:`sparseopt_jax.SparseOptState`.
+
+  Raises:
+    AssertionError: If masks differ.
+    ValueError: If the state holds no SparseOptState or several.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.75)
+    >>> opt_state = tx.init({'kernel': jnp.ones((8, 4))})
+    >>> sparseopt_jax.assert_replicas_agree(opt_state)
+  """
+  state = _wrappers.find_state(opt_state)
+  is_stacked = jnp.ndim(state.count) == 1
+  checksum = jax.vmap(masks_checksum) if is_stacked else masks_checksum
+  # Each device computes from its own copy of what is replicated.
+  copies = jax.jit(checksum)(state).addressable_shards
+  seen = {int(x) for copy in copies for x in np.ravel(copy.data)}
+  low, high = min(seen), max(seen)
+  if jax.process_count() > 1:
+    bounds = multihost_utils.process_allgather(np.array([low, high], np.uint32))
+    low, high = int(np.min(bounds)), int(np.max(bounds))
+  if low != high:
+    raise AssertionError(
+      "All replicas must hold the same masks; got checksums from "
+      f"{low} to {high}. Average the gradients before update."
+    )

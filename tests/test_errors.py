@@ -85,7 +85,11 @@ def test_at_construction(make, error, message):
       ValueError,
       r"masks.*\(3, 4\).*'kernel'",
     ),
-    ({"masks": masks_like(np.ones((4, 3)))}, TypeError, "masks.*float64.*'kernel'"),
+    (
+      {"masks": masks_like(np.ones((4, 3)))},
+      TypeError,
+      "masks.*float64.*'kernel'",
+    ),
     ({"masks": masks_like(None)}, (TypeError, ValueError), "masks"),
     (
       {"masks": masks_like(optax.MaskedNode())},

@@ -63,7 +63,7 @@ def read_all(source: Sequence[Example]) -> list[Example]:
   Returns:
     A list of dicts.
   """
-  from array_record.python import array_record_data_source  # type: ignore[import-untyped]
+  from array_record.python import array_record_data_source
 
   records = source.data_source  # type: ignore[attr-defined]
   if isinstance(records, array_record_data_source.ArrayRecordDataSource):

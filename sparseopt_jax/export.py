@@ -1,0 +1,394 @@
+"""The final sparse model in one file: `python -m sparseopt_jax.export RUN OUT`.
+
+A safetensors file holds, for each sparse kernel, the values of the active
+weights in row-major order (`values/PATH`) and the mask, eight weights a byte
+(`mask/PATH`); all other arrays as they are (`dense/PATH`); and as metadata the
+architecture, the accuracy and a CRC. `load` gives the model back in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import sys
+from typing import Any, Literal, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparseopt_jax
+from sparseopt_jax import models
+from sparseopt_jax.training import cli
+from sparseopt_jax.training import folder
+from sparseopt_jax.training import records
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
+
+_FORMAT = "sparseopt-jax 1"
+Kind = Literal["bcoo", "csr"]
+
+
+class SparseModel(NamedTuple):
+  """A trained sparse network.
+
+  Attributes:
+    module: The Flax module; `module.apply(variables, images, train=False)`.
+    variables: `params`, with exact zeros outside the masks, and `batch_stats`.
+    masks: {path: bool array} of the sparse kernels, "Conv_0/kernel".
+    info: `model`, `width`, `precision`, `num_classes`, `image_shape`,
+      `dataset`, `test_accuracy`, `sparsity`.
+  """
+
+  module: Any
+  variables: dict[str, Any]
+  masks: dict[str, np.ndarray]
+  info: dict[str, Any]
+
+  def matrices(self, kind: Kind = "bcoo") -> dict[str, Any]:
+    """The sparse kernels as sparse matrices of (n_out, fan-in).
+
+    The columns of a convolution are in the order (channel, row, column), that
+    of `jax.lax.conv_general_dilated_patches`.
+
+    Args:
+      kind: "bcoo" or "csr", of `jax.experimental.sparse`.
+
+    Returns:
+      {path: matrix}, with as many stored values as the mask has ones.
+    """
+    flat = _flatten(self.variables["params"])
+    make = _MAKERS[kind]
+    return {
+      path: make(_as_matrix(flat[path]), _as_matrix(mask))
+      for path, mask in self.masks.items()
+    }
+
+  def apply_sparse(
+    self, images: jax.Array, matrices: dict[str, Any]
+  ) -> jax.Array:
+    """Logits, computed with sparse matrices in place of the sparse kernels.
+
+    Args:
+      images: (b, h, w, c), normalised.
+      matrices: From `matrices`.
+
+    Returns:
+      (b, num_classes).
+    """
+    from flax import linen as nn
+
+    def intercept(layer: Any, args: Any, kwargs: Any, context: Any) -> Any:
+      path = "/".join((*context.module.path, "kernel"))
+      if context.method_name != "__call__" or path not in matrices:
+        return layer(*args, **kwargs)
+      return _multiply(context.module, args[0], matrices[path])
+
+    with nn.intercept_methods(intercept):
+      return self.module.apply(self.variables, images, train=False)
+
+
+def _multiply(layer: Any, x: jax.Array, matrix: Any) -> jax.Array:
+  """What a Dense or Conv layer does, by a sparse matrix."""
+  from flax import linen as nn
+
+  if isinstance(layer, nn.Conv):
+    convolution: Any = layer
+    x = jax.lax.conv_general_dilated_patches(
+      x,
+      convolution.kernel_size,
+      convolution.strides,
+      convolution.padding,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+  rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
+  y = (matrix @ rows.T).T
+  if layer.use_bias:
+    y += layer.get_variable("params", "bias")[None]
+  return y.reshape(*x.shape[:-1], -1).astype(layer.dtype or y.dtype)
+
+
+def _as_matrix(kernel: Any) -> np.ndarray:
+  """(kh, kw, in, out) to (out, in * kh * kw); (in, out) to (out, in)."""
+  kernel = np.asarray(kernel)
+  return np.moveaxis(kernel, -2, 0).reshape(-1, kernel.shape[-1]).T
+
+
+def _bcoo(matrix: np.ndarray, mask: np.ndarray) -> Any:
+  from jax.experimental import sparse
+
+  indices = np.argwhere(mask)
+  return sparse.BCOO(
+    (jnp.asarray(matrix[mask]), jnp.asarray(indices, jnp.int32)),
+    shape=matrix.shape,
+    indices_sorted=True,
+    unique_indices=True,
+  )
+
+
+def _csr(matrix: np.ndarray, mask: np.ndarray) -> Any:
+  from jax.experimental import sparse
+
+  starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])
+  return sparse.CSR(
+    (
+      jnp.asarray(matrix[mask]),
+      jnp.asarray(np.nonzero(mask)[1], jnp.int32),
+      jnp.asarray(starts, jnp.int32),
+    ),
+    shape=matrix.shape,
+  )
+
+
+_MAKERS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
+  "bcoo": _bcoo,
+  "csr": _csr,
+}
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+  leaves, _ = jax.tree.flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+    for path, leaf in leaves
+  }
+
+
+def _nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = jnp.asarray(leaf)
+  return tree
+
+
+def save(
+  path: pathlib.Path,
+  variables: dict[str, Any],
+  masks: dict[str, np.ndarray],
+  info: dict[str, Any],
+) -> None:
+  """Writes a model's file; what `load` reads.
+
+  Args:
+    path: The file.
+    variables: `params` and `batch_stats`.
+    masks: {path in `params`: bool array} of the sparse kernels.
+    info: As `SparseModel.info`.
+
+  Raises:
+    RunError: If it cannot be written.
+  """
+  from safetensors import numpy as safetensors
+
+  tensors: dict[str, np.ndarray] = {}
+  shapes = {}
+  for name, leaf in _flatten(variables).items():
+    mask = masks.get(name.removeprefix("params/"))
+    if mask is None:
+      tensors[f"dense/{name}"] = np.ascontiguousarray(leaf)
+    else:
+      tensors[f"values/{name}"] = leaf[mask]
+      tensors[f"mask/{name}"] = np.packbits(mask)
+      shapes[name] = list(mask.shape)
+  metadata = {
+    "format": _FORMAT,
+    "info": json.dumps(info),
+    "shapes": json.dumps(shapes),
+    "crc": str(_crc(tensors)),
+  }
+  records.write_bytes(path, safetensors.save(tensors, metadata))
+
+
+def _crc(tensors: dict[str, np.ndarray]) -> int:
+  crc = 0
+  for name in sorted(tensors):
+    crc = zlib.crc32(name.encode(), crc)
+    crc = zlib.crc32(
+      np.ascontiguousarray(tensors[name]).view(np.uint8).data, crc
+    )
+  return crc
+
+
+def load(path: str | pathlib.Path) -> SparseModel:
+  """Reads a model's file.
+
+  Args:
+    path: What `python -m sparseopt_jax.export` wrote.
+
+  Returns:
+    The model, ready to be applied.
+
+  Raises:
+    UsageError: If the file is not one of these, or is damaged.
+  """
+  tensors, metadata = _read(pathlib.Path(path))
+  if metadata.get("format") != _FORMAT:
+    raise UsageError(
+      f"{path} is not a sparse model of this version: its format is "
+      f"{metadata.get('format')!r}, not {_FORMAT!r}"
+    )
+  if metadata.get("crc") != str(_crc(tensors)):
+    raise UsageError(f"{path} is damaged: its CRC does not match its content")
+  info = json.loads(metadata["info"])
+  flat, masks = _unpack(tensors, json.loads(metadata["shapes"]))
+  module = models.create(
+    info["model"],
+    info["num_classes"],
+    width=info["width"],
+    dtype=info["precision"],
+  )
+  return SparseModel(module, _nest(flat), masks, info)
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  import safetensors
+
+  try:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      names = file.keys()
+      tensors = {name: file.get_tensor(name) for name in names}
+      return tensors, file.metadata() or {}
+  except (OSError, safetensors.SafetensorError) as error:
+    raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _unpack(
+  tensors: dict[str, np.ndarray], shapes: dict[str, list[int]]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  flat = {}
+  masks = {}
+  for name, tensor in tensors.items():
+    kind, _, path = name.partition("/")
+    if kind == "dense":
+      flat[path] = tensor
+    elif kind == "values":
+      shape = shapes[path]
+      bits = np.unpackbits(tensors[f"mask/{path}"], count=math.prod(shape))
+      mask = bits.astype(bool).reshape(shape)
+      flat[path] = np.zeros(shape, tensor.dtype)
+      flat[path][mask] = tensor
+      masks[path.removeprefix("params/")] = mask
+  return flat, masks
+
+
+def evaluate(
+  model: SparseModel,
+  dataset: Any,
+  kind: Kind | Literal["dense"] = "dense",
+  batch_size: int = 128,
+) -> float:
+  """Test accuracy.
+
+  Args:
+    model: From `load`.
+    dataset: From `sparseopt_jax.data.load`.
+    kind: How the sparse kernels are multiplied: as dense ones, or as sparse
+      matrices.
+    batch_size: Images at a time.
+
+  Returns:
+    Fraction of the test set, in [0, 1].
+  """
+  if kind == "dense":
+    apply = functools.partial(model.module.apply, train=False)
+    logits = jax.jit(lambda x: apply(model.variables, x))
+  else:
+    matrices = model.matrices(kind)
+    logits = jax.jit(lambda x: model.apply_sparse(x, matrices))
+  hits = 0
+  for batch in dataset.test_batches(batch_size):
+    images = dataset.preprocess(batch["image"], model.info["precision"])
+    found = np.asarray(logits(images)).argmax(axis=-1)
+    hits += int(np.sum((found == batch["label"]) & batch["valid"]))
+  return hits / dataset.num_test
+
+
+def _export(run: pathlib.Path, out: pathlib.Path) -> str:
+  """Exports a finished run and returns what to say about it."""
+  summary = _finished(run)
+  from sparseopt_jax.training import build
+
+  config = Config.from_identity(folder.read_config(run))
+  dataset = build.dataset(config)
+  variables, masks = _final(config, run, summary["step"])
+  info = {
+    "model": config.model,
+    "width": config.width,
+    "precision": config.precision,
+    "num_classes": dataset.num_classes,
+    "image_shape": list(dataset.image_shape),
+    "dataset": config.dataset,
+    "test_accuracy": summary["test_accuracy"],
+    "sparsity": summary["sparsity"],
+  }
+  save(out, variables, masks, info)
+  loaded = load(out)
+  accuracy = evaluate(loaded, dataset)
+  dense = sum(x.nbytes for x in jax.tree.leaves(variables))
+  size = out.stat().st_size
+  return (
+    f"{out}: {size:,} bytes, {size / dense:.1%} of {dense:,} dense; test "
+    f"accuracy {accuracy:.2%} ({summary['test_accuracy']:.2%} in the run)"
+  )
+
+
+def _final(
+  config: Config, run: pathlib.Path, step: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The run's variables and masks after its last step."""
+  from sparseopt_jax.training import build
+  from sparseopt_jax.training import checkpoints
+  from sparseopt_jax.training.state import has_masks
+
+  _, like = build.task(config, build.devices(config))
+  saved = checkpoints.Checkpoints(run / folder.CHECKPOINTS, keep=None)
+  with contextlib.closing(saved):
+    try:
+      state = saved.read(step, like)
+    except Exception as error:  # Orbax has no one type for a bad file.
+      raise UsageError(f"{run}: no sound checkpoint of step {step}") from error
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  if not has_masks(state.opt_state):
+    return variables, {}
+  return variables, _flatten(sparseopt_jax.get_masks(state.opt_state))
+
+
+def _finished(run: pathlib.Path) -> dict[str, Any]:
+  path = run / folder.SUMMARY
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UsageError(
+      f"{run} is not the folder of a finished run: {error}"
+    ) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
+  parser = cli.Parser(
+    prog="python -m sparseopt_jax.export",
+    description="Writes a run's final sparse model as safetensors.",
+  )
+  parser.add_argument("run", type=pathlib.Path, metavar="RUN")
+  parser.add_argument("out", type=pathlib.Path, metavar="OUT")
+
+  def command() -> None:
+    args = parser.parse_args(arguments)
+    if args.out.exists() or not args.out.parent.is_dir():
+      raise UsageError(f"OUT {args.out} is there already, or its folder is not")
+    print(_export(args.run, args.out))
+
+  return cli.run(command)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

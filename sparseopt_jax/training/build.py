@@ -1,0 +1,138 @@
+"""From a configuration to the model, data, optimiser and first state."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparseopt_jax import data
+from sparseopt_jax import inspection
+from sparseopt_jax import models
+from sparseopt_jax.training import compiling
+from sparseopt_jax.training import optimizer
+from sparseopt_jax.training import parallel
+from sparseopt_jax.training import state as state_lib
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
+from sparseopt_jax.training.step import Task
+
+
+def devices(config: Config) -> parallel.Layout:
+  """Joins the other processes, if any, and chooses the devices.
+
+  To be called before any other use of JAX.
+
+  Raises:
+    UsageError: If there are not as many devices as asked for.
+  """
+  if config.precision == "float64":
+    jax.config.update("jax_enable_x64", True)
+  if config.coordinator is not None:
+    # It would take SIGTERM for itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+      config.coordinator, config.process_count, config.process_id
+    )
+  return parallel.layout(config.devices, config.shard_params)
+
+
+def dataset(config: Config) -> data.dataset.Dataset:
+  """Opens the data set.
+
+  Raises:
+    UsageError: If it is not there, or too small for one batch.
+  """
+  try:
+    found = data.load(config.dataset, config.data_dir, config.image_size)
+  except (data.DataNotPreparedError, ImportError, ValueError) as error:
+    raise UsageError(f"--dataset {config.dataset}: {error}") from error
+  if config.batch_size > found.num_train:
+    raise UsageError(
+      f"--batch-size must be at most {found.num_train}, the number of training "
+      f"images of {found.name}, got {config.batch_size}"
+    )
+  return found
+
+
+def task(
+  config: Config, layout: parallel.Layout
+) -> tuple[Task, state_lib.TrainState]:
+  """Builds the static and the changing part of a run.
+
+  Args:
+    config: What was asked for.
+    layout: Where it will run.
+
+  Returns:
+    What a step needs, and the state before step 0, on the default device.
+
+  Raises:
+    UsageError: See `dataset` and `optimizer.sparse_paths`; or tensorboardX is
+      asked for and not there.
+  """
+  if config.tensorboard and not importlib.util.find_spec("tensorboardX"):
+    raise UsageError(
+      "--tensorboard needs: pip install 'sparseopt-jax[tensorboard]'"
+    )
+  source = dataset(config)
+  model = models.create(
+    config.model,
+    source.num_classes,
+    width=config.width,
+    dtype=config.precision,
+    axis_name=layout.axis_name,
+  )
+  images = jnp.zeros((1, *source.image_shape), config.precision)
+  variables = jax.eval_shape(lambda: _init(config, model, images))
+  tx = optimizer.create(
+    config,
+    variables["params"],
+    source.steps_per_epoch(config.batch_size),
+    frozenset(_before_batch_norm(model, images)),
+  )
+  state = compiling.quick_jit(
+    lambda: state_lib.create(config.seed, _init(config, model, images), tx)
+  )()
+  return (
+    Task(
+      model,
+      source,
+      tx,
+      jnp.dtype(config.precision),
+      config.label_smoothing,
+      config.accumulate,
+      config.skip_nonfinite,
+      layout.axis_name,
+    ),
+    state,
+  )
+
+
+def _init(config: Config, model: Any, images: jax.Array) -> dict[str, Any]:
+  variables = dict(model.init(jax.random.key(config.seed), images, train=False))
+  if config.precision == "float64":
+    return jax.tree.map(lambda x: x.astype(jnp.float64), variables)
+  return variables
+
+
+def _before_batch_norm(model: Any, images: jax.Array) -> list[str]:
+  """Kernels whose output goes straight into batch norm: those to correct."""
+  found = inspection.normalizations(model, images, train=False)
+  return [path for path, kind in found.items() if kind == "batch_norm"]
+
+
+def describe(config: Config, built: Task) -> str:
+  """One line about what is going to be trained."""
+  source = built.dataset
+  how = (
+    "dense" if config.topology == "dense" else f"{config.sparsity:.0%} sparse"
+  )
+  return (
+    f"{how} {config.model} on {source.num_train} images of {source.name} "
+    f"({source.num_test} for testing), {config.epochs} epochs of "
+    f"{source.steps_per_epoch(config.batch_size)} steps, "
+    f"{config.devices} x {jax.devices()[0].device_kind}"
+  )

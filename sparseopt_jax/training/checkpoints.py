@@ -1,0 +1,208 @@
+"""Checkpoints of the whole state: asynchronous, checked, newest K and best.
+
+Orbax writes each checkpoint beside the others and renames it when it is whole,
+so a run that is killed while it writes leaves the ones before intact. A CRC of
+the state lies beside it, because Orbax alone reads flipped bits as numbers.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+import warnings
+import zlib
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from sparseopt_jax.training.errors import RunError
+from sparseopt_jax.training.errors import UsageError
+from sparseopt_jax.training.state import TrainState
+
+_ACCURACY = "test_accuracy"
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one folder.
+
+  Args:
+    folder: Where they lie; made if it is not there.
+    keep: How many of the newest to keep; None: all. The one of the highest test
+      accuracy is kept beside them.
+  """
+
+  def __init__(self, folder: pathlib.Path, keep: int | None) -> None:
+    self._folder = folder
+    best = checkpoint_managers.BestN(
+      get_metric_fn=lambda metrics: metrics[_ACCURACY],
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+        [checkpoint_managers.LatestN(keep), best]
+      ),
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+  def save(self, state: TrainState, test_accuracy: float | None = None) -> None:
+    """Copies the state and writes it in the background.
+
+    Does nothing where this step's checkpoint is there already.
+
+    Args:
+      state: The state, in any layout.
+      test_accuracy: By which the best is chosen; None if not evaluated.
+
+    Raises:
+      RunError: If this checkpoint, or the one before, could not be written.
+    """
+    host = _to_host(state)
+    step = int(host.step)
+    if step in self._manager.all_steps():
+      return
+    metrics = None if test_accuracy is None else {_ACCURACY: test_accuracy}
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(host),
+      crc=ocp.args.JsonSave(_crc(host)),
+    )
+    try:
+      self._manager.save(step, args=items, metrics=metrics)
+    except Exception as error:
+      raise self._write_error(error) from error
+
+  def wait(self) -> None:
+    """Waits until all is written; raises RunError if it could not be."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._write_error(error) from error
+
+  def _write_error(self, error: Exception) -> RunError:
+    sound = max(_steps(self._folder), default=None)
+    kept = "none is there" if sound is None else f"step {sound}'s is intact"
+    reason = str(error).partition(" [")[0].rpartition(": ")[2]
+    return RunError(
+      f"a checkpoint could not be written to {self._folder} ({kept}): {reason}"
+    )
+
+  def restore(self, like: TrainState) -> TrainState | None:
+    """Reads the newest sound checkpoint.
+
+    Newer ones that are damaged are named in a warning and moved aside, into the
+    folder `damaged`.
+
+    Args:
+      like: A state of the run, in the run's layout; only its structure, shapes,
+        dtypes and layout count.
+
+    Returns:
+      The state, or None where there is no checkpoint at all.
+
+    Raises:
+      UsageError: If all checkpoints are damaged. They are left as they are.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    reasons: list[str] = []
+    for step in steps:
+      try:
+        state = self.read(step, like)
+      except Exception as error:  # Orbax has no one type for a bad file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reasons.append(f"step {step}: {reason[:200]}")
+        continue
+      self._move_aside(steps[: len(reasons)], reasons)
+      return state
+    if reasons:
+      raise UsageError(
+        f"--resume: every checkpoint in {self._folder} is damaged; "
+        + "; ".join(reasons)
+      )
+    return None
+
+  def read(self, step: int, like: TrainState) -> TrainState:
+    """Reads one checkpoint; raises an error of some kind unless it is sound."""
+    target = jax.tree.map(_target, like)
+    items = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(target), crc=ocp.args.JsonRestore()
+      ),
+    )
+    crc = _crc(items.state)
+    if len(crc) == len(items.crc) and crc != items.crc:
+      raise ValueError("the state does not have the CRC that it was saved with")
+    return items.state
+
+  def _move_aside(self, steps: list[int], reasons: list[str]) -> None:
+    if not steps:
+      return
+    if jax.process_index() == 0:
+      damaged = self._folder.parent / "damaged"
+      damaged.mkdir(exist_ok=True)
+      for step, reason in zip(steps, reasons, strict=True):
+        _free_name(damaged, step, self._folder / str(step))
+        warnings.warn(
+          f"skipped a damaged checkpoint (moved to {damaged}): {reason}",
+          stacklevel=3,
+        )
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("damaged checkpoints moved")
+    self._manager.reload()
+
+  def close(self) -> None:
+    """Waits for what is being written, then frees the threads."""
+    try:
+      self._manager.close()
+    except Exception as error:
+      raise self._write_error(error) from error
+
+
+def _free_name(damaged: pathlib.Path, step: int, source: pathlib.Path) -> None:
+  number = sum(1 for _ in damaged.glob(f"{step}-*"))
+  source.rename(damaged / f"{step}-{number}")
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+  return [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
+
+
+def _to_host(tree: Any) -> Any:
+  """NumPy arrays, but for what is spread over several processes."""
+
+  def convert(x: jax.Array) -> Any:
+    return np.asarray(x) if x.is_fully_addressable else x
+
+  return jax.tree.map(convert, tree)
+
+
+def _target(x: Any) -> Any:
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return np.empty(x.shape, x.dtype)
+
+
+def _crc(tree: Any) -> list[int]:
+  """The CRC-32 of all values; where they are spread over processes, one each.
+
+  Lists of unequal lengths come from unequal layouts and cannot be compared.
+  """
+  crc = 0
+  whole = True
+  for leaf in jax.tree.leaves(tree):
+    whole &= isinstance(leaf, np.ndarray)
+    for values in _local_values(leaf):
+      crc = zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, crc)
+  if whole:
+    return [crc]
+  return np.ravel(multihost_utils.process_allgather(np.uint32(crc))).tolist()
+
+
+def _local_values(leaf: Any) -> list[np.ndarray]:
+  if isinstance(leaf, np.ndarray):
+    return [leaf]
+  return [np.asarray(shard.data) for shard in leaf.addressable_shards]

@@ -1,0 +1,106 @@
+"""The work folder: whether a run may start in it, or go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.config import differences
+from sparseopt_jax.training.errors import UsageError
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"
+
+
+def default(config: Config) -> str:
+  """A name that says what is trained and when, in the folder `runs`."""
+  what = [config.dataset, config.model, config.topology]
+  if config.topology != "dense":
+    what.append(f"{config.sparsity:g}")
+  what += [f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+  return str(pathlib.Path("runs", "-".join(what)))
+
+
+@contextlib.contextmanager
+def prepared(config: Config) -> Iterator[pathlib.Path]:
+  """Makes the work folder; refuses one that this run must not write in.
+
+  Where the body of the `with` raises, a folder that is still empty goes again.
+
+  Args:
+    config: What was asked for, `workdir` filled in.
+
+  Yields:
+    The folder.
+
+  Raises:
+    UsageError: If it cannot be written, if it holds a run and `--resume` is not
+      given, or if it holds a run of other flags.
+  """
+  assert config.workdir is not None
+  folder = pathlib.Path(config.workdir)
+  _check_writable(folder)
+  if config.resume:
+    _check_same_run(config, folder)
+  elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
+    raise UsageError(
+      f"--workdir {folder} holds a run already: --resume goes on with it"
+    )
+  try:
+    yield folder
+  except BaseException:
+    with contextlib.suppress(OSError):
+      folder.rmdir()
+    raise
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+  probe = folder / f".write-test-{os.getpid()}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise UsageError(
+      f"--workdir {folder} cannot be written: {error.strerror}"
+    ) from None
+
+
+def _check_same_run(config: Config, folder: pathlib.Path) -> None:
+  if not (folder / CONFIG).exists():
+    if (folder / CHECKPOINTS).exists():
+      raise UsageError(
+        f"--resume: {folder} has checkpoints but no {CONFIG}, so it cannot be "
+        "told whether the flags are the same"
+      )
+    return
+  different = differences(read_config(folder), config.identity())
+  if different:
+    raise UsageError(
+      f"--resume: {folder} is a run of other flags: {'; '.join(different)}"
+    )
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+  """The `Config.identity()` of the run in a folder.
+
+  Raises:
+    UsageError: If there is none, or it cannot be read.
+  """
+  path = folder / CONFIG
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{path} cannot be read: {error}") from None
+  if not isinstance(content, dict):
+    raise UsageError(f"{path} does not hold a run's flags")
+  return content

@@ -1,0 +1,120 @@
+"""The optimiser that a configuration asks for."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+import jax
+import optax
+
+import sparseopt_jax
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
+
+
+def kernel_paths(params: Any) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of the leaves with two or more axes."""
+  leaves, _ = jax.tree.flatten_with_path(params)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+    for path, leaf in leaves
+    if len(leaf.shape) > 1
+  }
+
+
+def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
+  """The kernels that get a mask.
+
+  Args:
+    params: The parameters, or their shapes.
+    dense_layers: Shell patterns of paths, such as "Conv_0/*"; a kernel that
+      one of them matches stays dense.
+
+  Returns:
+    Paths such as "Conv_1/kernel".
+
+  Raises:
+    UsageError: A pattern that matches no kernel, or nothing left to be sparse.
+  """
+  kernels = set(kernel_paths(params))
+  dense: set[str] = set()
+  for pattern in dense_layers:
+    matches = set(fnmatch.filter(kernels, pattern))
+    if not matches:
+      names = ", ".join(sorted(kernels))
+      raise UsageError(f"--dense-layers {pattern!r} matches none of {names}")
+    dense |= matches
+  if dense == kernels:
+    raise UsageError(
+      f"--dense-layers {' '.join(dense_layers)} leaves no layer to be sparse; "
+      "--topology dense trains without masks"
+    )
+  return kernels - dense
+
+
+def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
+  """Linear warm-up from 0, then a cosine to 0 at the last step."""
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+    decay_steps=config.epochs * steps_per_epoch,
+  )
+
+
+def topology(config: Config, total_steps: int) -> Any:
+  """The topology, with its last mask update at a fraction of all steps."""
+  if config.topology == "static":
+    return sparseopt_jax.Static()
+  options: dict[str, Any] = {
+    "update_until": round(config.update_until * total_steps),
+    "update_every": config.update_every,
+    "drop_fraction": config.drop_fraction,
+  }
+  if config.topology == "set":
+    return sparseopt_jax.SET(**options)
+  return sparseopt_jax.RigL(**options, grow_from=config.grow_from)
+
+
+def create(
+  config: Config,
+  params: Any,
+  steps_per_epoch: int,
+  corrected: frozenset[str],
+) -> optax.GradientTransformationExtraArgs:
+  """SGD with momentum, sparse unless `--topology dense`.
+
+  The chain is: masked and corrected gradient, plus decayed kernels, then
+  momentum and learning rate; `keep_params_sparse` keeps the zeros exact.
+
+  Args:
+    config: What was asked for.
+    params: The parameters, or their shapes.
+    steps_per_epoch: Steps in an epoch.
+    corrected: Paths of the kernels that feed batch normalisation.
+
+  Returns:
+    The optimiser.
+
+  Raises:
+    UsageError: See `sparse_paths`.
+  """
+  kernels = jax.tree.map(lambda leaf: len(leaf.shape) > 1, params)
+  sgd = optax.chain(
+    optax.add_decayed_weights(config.weight_decay, mask=kernels),
+    optax.sgd(schedule(config, steps_per_epoch), momentum=config.momentum),
+  )
+  if config.topology == "dense":
+    return optax.with_extra_args_support(sgd)
+  sparse = sparse_paths(params, config.dense_layers)
+  with_correction = corrected if config.correction == "on" else frozenset()
+  link = sparseopt_jax.sparseopt(
+    config.sparsity,
+    topology(config, config.epochs * steps_per_epoch),
+    distribution=config.distribution,
+    sparse=lambda path, leaf: path in sparse,
+    corrected=lambda path, leaf: path in with_correction,
+    seed=config.seed,
+  )
+  return sparseopt_jax.keep_params_sparse(optax.chain(link, sgd))

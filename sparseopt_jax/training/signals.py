@@ -1,0 +1,80 @@
+"""SIGTERM and SIGINT: the first asks the loop to stop, the second kills."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+
+class Interrupted(Exception):
+  """The run stopped at a signal, after a checkpoint.
+
+  Attributes:
+    exit_code: 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
+  """
+
+  def __init__(self, number: int) -> None:
+    super().__init__(f"stopped by {signal.Signals(number).name}")
+    self.exit_code = 128 + number
+
+
+class StopRequest:
+  """Remembers the first signal; a context manager.
+
+  From the first signal on both have their default action again, so that a
+  second one ends the process at once, even in the middle of a compilation.
+
+  Attributes:
+    number: The signal's number, or 0.
+  """
+
+  def __init__(self) -> None:
+    self.number = 0
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> StopRequest:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._remember)
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _remember(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self.number = number
+    for each in self._previous:
+      signal.signal(each, signal.SIG_DFL)
+
+  def agreed(self, step: int, every: int = 10) -> int:
+    """The signal that all processes stop at after this step, or 0.
+
+    In several processes they have to stop after the same step, or one would
+    wait for the others for ever; so they compare notes every few steps.
+
+    Args:
+      step: Steps done, the same in all processes.
+      every: Compare notes at multiples of this.
+
+    Returns:
+      The largest number that any process was sent.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+      return self.number
+    if step % every:
+      return 0
+    numbers = multihost_utils.process_allgather(np.int32(self.number))
+    return int(np.max(numbers))

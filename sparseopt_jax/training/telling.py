@@ -1,0 +1,207 @@
+"""What a run says about itself: progress bar, sparsity figures, summary."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import optax
+import tqdm
+
+import sparseopt_jax
+from sparseopt_jax.training import compiling
+from sparseopt_jax.training.state import TrainState
+from sparseopt_jax.training.state import has_masks
+
+_PACKAGES = (
+  "sparseopt-jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "numpy",
+)
+
+
+def say(text: str) -> None:
+  """Prints in the first process; above the progress bar, if there is one."""
+  if jax.process_index() == 0:
+    tqdm.tqdm.write(text)
+
+
+class Progress:
+  """A bar with loss, accuracy, images/s and time left; silent in a file.
+
+  Args:
+    total: Steps of the run.
+    done: Steps done already.
+    batch_size: Images in a step.
+  """
+
+  def __init__(self, total: int, done: int, batch_size: int) -> None:
+    self._bar = tqdm.tqdm(
+      total=total * batch_size,
+      initial=done * batch_size,
+      unit="img",
+      unit_scale=True,
+      dynamic_ncols=True,
+      mininterval=0.5,
+      disable=None if jax.process_index() == 0 else True,
+    )
+    self._batch_size = batch_size
+
+  def step(self, loss: float, accuracy: float) -> None:
+    """One more step is done."""
+    self._bar.set_postfix(
+      loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False
+    )
+    self._bar.update(self._batch_size)
+
+  def close(self) -> None:
+    """Leaves the bar as it is."""
+    self._bar.close()
+
+
+class Speed:
+  """Images per second of training, evaluations left out.
+
+  Args:
+    batch_size: Images in a step.
+    seconds_before: Seconds that the run took before it was resumed.
+
+  Attributes:
+    started: Whether `start` has been called.
+  """
+
+  def __init__(self, batch_size: int, seconds_before: float) -> None:
+    self.started = False
+    self._batch_size = batch_size
+    self._born = time.perf_counter() - seconds_before
+    self.start(0, 0.0)
+    self.started = False
+
+  def start(self, step: int, waited: float) -> None:
+    """Counts from here; `waited` as in `Prefetch`."""
+    self.started = True
+    self._from = (step, waited, time.perf_counter())
+
+  def figures(self, step: int, waited: float) -> dict[str, float]:
+    """Speed since `start`, the share of it spent on waiting for images, and
+    the seconds of the whole run."""
+    now = time.perf_counter()
+    first_step, waited_before, then = self._from
+    return {
+      "images_per_second": (step - first_step)
+      * self._batch_size
+      / (now - then),
+      "input_wait": (waited - waited_before) / (now - then),
+      "seconds": now - self._born,
+    }
+
+
+def epoch_line(line: dict[str, Any], epochs: int) -> str:
+  """One line of `metrics.jsonl`, for people."""
+  return (
+    f"epoch {line['epoch']}/{epochs}: "
+    f"train {line['train_loss']:.3f} {line['train_accuracy']:.1%}, "
+    f"test {line['test_loss']:.3f} {line['test_accuracy']:.1%}, "
+    f"{line['images_per_second']:.0f} images/s"
+  )
+
+
+def result_line(summary: dict[str, Any]) -> str:
+  """A summary, for people."""
+  return (
+    f"test accuracy {summary['test_accuracy']:.2%}, best "
+    f"{summary['best_test_accuracy']:.2%}, density {summary['density']:.2%}, "
+    f"{summary['seconds']:.0f} s"
+  )
+
+
+_metrics = compiling.quick_jit(sparseopt_jax.sparsity_metrics)
+
+
+def sparsity_figures(opt_state: Any) -> dict[str, Any]:
+  """`sparsity_metrics` as Python numbers, and `layers`: the same for each.
+
+  A dense run has sparsity 0, ITOP rate 1 and no layers.
+  """
+  if not has_masks(opt_state):
+    return {"sparsity": 0.0, "itop_rate": 1.0, "dead_neurons": 0, "layers": {}}
+  metrics = jax.device_get(_metrics(opt_state))
+  figures = {name: value.item() for name, value in metrics.items()}
+  leaves, _ = jax.tree.flatten_with_path(sparseopt_jax.get_masks(opt_state))
+  figures["layers"] = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): _layer(mask)
+    for path, mask in leaves
+  }
+  return figures
+
+
+def _layer(mask: jax.Array) -> dict[str, Any]:
+  values = _on_host(mask)
+  live = values.any(axis=tuple(range(values.ndim - 1)))
+  return {
+    "sparsity": 1 - values.mean().item(),
+    "dead_neurons": np.sum(~live).item(),
+  }
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)
+
+
+def sparse_counts(state: TrainState) -> dict[str, Any]:
+  """Counts from masks: sparse weights, the active ones, and what is amiss."""
+  parameters = sum(x.size for x in jax.tree.leaves(state.params))
+  if not has_masks(state.opt_state):
+    return {"parameters": parameters, "density": 1.0}
+  size = active = outside = 0
+  masks = jax.tree.leaves(
+    sparseopt_jax.get_masks(state.opt_state), is_leaf=_is_masked_node
+  )
+  for param, mask in zip(jax.tree.leaves(state.params), masks, strict=True):
+    if _is_masked_node(mask):
+      continue
+    values = _on_host(mask)
+    size += values.size
+    active += np.sum(values).item()
+    outside += np.sum((_on_host(param) != 0) & ~values).item()
+  return {
+    "parameters": parameters,
+    "sparse_weights": size,
+    "active_weights": active,
+    "density": active / size,
+    "nonzero_outside_masks": outside,
+  }
+
+
+def _is_masked_node(x: Any) -> bool:
+  return isinstance(x, optax.MaskedNode)
+
+
+def surroundings() -> dict[str, Any]:
+  """Versions and devices."""
+  return {
+    "versions": {
+      "python": platform.python_version(),
+      **{name: _version(name) for name in _PACKAGES},
+    },
+    "device": jax.devices()[0].device_kind,
+    "platform": jax.devices()[0].platform,
+  }
+
+
+def _version(name: str) -> str | None:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return None  # A checkout that is on the path but not installed.

@@ -1,0 +1,100 @@
+"""Comparing runs: groups, table, plot, bad input."""
+
+import json
+import statistics
+
+import pytest
+
+from sparseopt_jax import compare
+from sparseopt_jax.training import folder
+from sparseopt_jax.training.config import Config
+
+
+def _write(path, accuracies, **flags):
+  """A run's folder with these test accuracies."""
+  path.mkdir()
+  identity = Config(**flags).identity()
+  (path / folder.CONFIG).write_text(json.dumps(identity))
+  lines = [
+    {
+      "step": 10 * epoch,
+      "epoch": epoch,
+      "test_accuracy": accuracy,
+      "itop_rate": 0.25,
+      "seconds": 10.0 * epoch,
+    }
+    for epoch, accuracy in enumerate(accuracies, 1)
+  ]
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (path / folder.METRICS).write_text(text)
+  return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two seeds with the correction, two without, one of which is shorter."""
+  return [
+    _write(tmp_path / "a", [0.5, 0.8, 0.9], seed=0),
+    _write(tmp_path / "b", [0.6, 0.7, 0.8], seed=1),
+    _write(tmp_path / "c", [0.4, 0.5, 0.7], seed=0, correction="off"),
+    _write(tmp_path / "d", [0.3, 0.65], seed=1, correction="off"),
+  ]
+
+
+def test_groups_differ_in_more_than_the_seed(runs):
+  groups = compare.group([compare.read(path) for path in runs])
+  assert [g.label for g in groups] == ["correction on", "correction off"]
+  assert groups[0].final() == [0.9, 0.8]
+  assert groups[0].epochs() == [1, 2, 3]
+  assert groups[1].accuracies() == [[0.4, 0.5], [0.3, 0.65]]
+
+
+def test_one_group_is_named_after_what_it_trains(runs):
+  (group,) = compare.group([compare.read(path) for path in runs[:2]])
+  assert group.label == "digits resnet8"
+
+
+def test_table(runs):
+  groups = compare.group([compare.read(path) for path in runs])
+  header, on, off = compare.table(groups, 0.7).splitlines()
+  assert "epochs to 70.00%" in header
+  spread = statistics.stdev([0.9, 0.8])
+  assert f"85.00% ± {spread:.2%}" in on
+  assert "  2.0  " in on
+  assert "3.0 (1 of 2)" in off
+  assert "25.0%" in off
+  assert compare.table(groups, 0.99).count("never") == 2
+  assert header.index("ITOP") == on.index("25.0%") == off.index("25.0%")
+
+
+def test_command(runs, tmp_path, capsys):
+  out = tmp_path / "figure.png"
+  arguments = [*map(str, runs), "--out", str(out)]
+  assert compare.main(arguments) == 0
+  # The final accuracy of the weaker group, which has two common epochs.
+  assert "epochs to 57.50%" in capsys.readouterr().out
+  image = out.read_bytes()
+  assert image.startswith(b"\x89PNG")
+  assert len(image) > 10_000
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("", "required: RUN"),
+    ("{tmp}/none", "config.json cannot be read"),
+    ("{tmp}/empty", "holds no evaluation yet"),
+    ("{tmp}/a --accuracy 95", r"--accuracy must be in \(0, 1\], got 95"),
+    ("{tmp}/a --accuracy x", "--accuracy"),
+    ("{tmp}/a --out {tmp}/no/x.png", "there is no folder"),
+    ("{tmp}/a --seeds 3", "--seeds"),
+  ],
+)
+def test_bad_input(runs, tmp_path, capsys, arguments, message):
+  (tmp_path / "empty").mkdir()
+  (tmp_path / "empty" / folder.CONFIG).write_text("{}")
+  assert compare.main(arguments.format(tmp=tmp_path).split()) == 2
+  error = capsys.readouterr().err
+  assert error.count("\n") == 1
+  assert error.startswith("error: ")
+  assert message.replace("\\", "") in error

@@ -1,0 +1,341 @@
+"""Stopped, killed and damaged runs end as the undisturbed one, bit for bit."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from sparseopt_jax import train
+from sparseopt_jax.training import folder
+from sparseopt_jax.training import records
+from sparseopt_jax.training.errors import RunError
+
+LAYOUTS = {
+  "one device": {},
+  "pmap": {"devices": 8},
+  "sharded": {"devices": 8, "shard_params": True},
+}
+
+
+def _signal_at(step, number=signal.SIGTERM):
+  """A hook that sends a signal once, as the batch `step` is drawn."""
+  sent = []
+
+  def hook(now, batch):
+    if now == step and not sent:
+      sent.append(now)
+      signal.raise_signal(number)
+    return batch
+
+  return hook
+
+
+def _poison_at(step):
+  """A hook that makes a training batch end in NaN."""
+
+  def hook(now, batch):
+    if now == step:
+      return {**batch, "image": np.full_like(batch["image"], 255)}
+    return batch
+
+  return hook
+
+
+def _steps(path):
+  return sorted(int(p.name) for p in (path / folder.CHECKPOINTS).iterdir())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  """Finished runs, one a layout; copy them, do not change them."""
+  paths = {}
+
+  def path_of(layout):
+    if layout not in paths:
+      path = tmp_path_factory.mktemp("finished") / "run"
+      with pytest.MonkeyPatch.context() as patch:
+        tiny.use(patch)
+        assert train.main(tiny.arguments(path, **LAYOUTS[layout])) == 0
+      paths[layout] = path
+    return paths[layout]
+
+  return path_of
+
+
+@pytest.fixture
+def finished(undisturbed):
+  """A finished run on one device."""
+  return undisturbed("one device")
+
+
+# Batches are drawn two or three ahead of the steps.
+@pytest.mark.parametrize(
+  ("layout", "draw"),
+  [("one device", 3), ("one device", 10), ("pmap", 10), ("sharded", 10)],
+)
+def test_goes_on_within_an_epoch(
+  monkeypatch, tmp_path, undisturbed, layout, draw
+):
+  flags = LAYOUTS[layout]
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch, _signal_at(draw))
+  assert train.main(tiny.arguments(parts, **flags)) == 143
+  assert _steps(parts)[-1] % 6, "the stop was to fall inside an epoch"
+  assert train.main(tiny.arguments(parts, **flags, resume=True)) == 0
+  tiny.assert_same_run(undisturbed(layout), parts)
+
+
+def test_goes_on_within_an_evaluation(monkeypatch, tmp_path, finished):
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch, test_hook=_signal_at(1, signal.SIGINT))
+  assert train.main(tiny.arguments(parts)) == 130
+  assert _steps(parts) == [6]
+  assert tiny.metrics(parts) == []
+  assert train.main(tiny.arguments(parts, resume=True)) == 0
+  tiny.assert_same_run(finished, parts)
+
+
+def test_a_second_signal_kills(monkeypatch, tmp_path):
+  request = train.signals.StopRequest()
+  with request:
+    signal.raise_signal(signal.SIGTERM)
+    assert request.number == signal.SIGTERM
+    for number in (signal.SIGTERM, signal.SIGINT):
+      assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_handlers_are_put_back():
+  before = signal.getsignal(signal.SIGINT)
+  with train.signals.StopRequest():
+    assert signal.getsignal(signal.SIGINT) != before
+  assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+  monkeypatch, tmp_path, finished
+):
+  again = shutil.copytree(finished, tmp_path / "again")
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(again, resume=True)) == 0
+  tiny.assert_same_run(finished, again)
+
+
+def test_resume_without_a_checkpoint_starts_over(
+  monkeypatch, tmp_path, finished
+):
+  fresh = tmp_path / "fresh"
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(fresh, resume=True)) == 0
+  tiny.assert_same_run(finished, fresh)
+
+
+def _data_files(path, step):
+  files = (path / folder.CHECKPOINTS / str(step) / "state").rglob("*")
+  return sorted(
+    (f for f in files if f.is_file()), key=lambda f: f.stat().st_size
+  )
+
+
+def _truncate(file):
+  os.truncate(file, file.stat().st_size // 2)
+
+
+def _flip(file):
+  content = bytearray(file.read_bytes())
+  content[len(content) // 2] ^= 16
+  file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [_truncate, _flip, os.remove])
+def test_a_damaged_newest_checkpoint_is_skipped(
+  monkeypatch, tmp_path, finished, harm
+):
+  parts = shutil.copytree(finished, tmp_path / "parts")
+  harm(_data_files(parts, tiny.STEPS)[-1])
+  tiny.use(monkeypatch)
+  with pytest.warns(UserWarning, match="skipped a damaged checkpoint.*step 12"):
+    assert train.main(tiny.arguments(parts, resume=True)) == 0
+  assert [p.name for p in (parts / "damaged").iterdir()] == ["12-0"]
+  tiny.assert_same_run(finished, parts)
+
+
+def _content(path):
+  return {
+    str(p.relative_to(path)): p.read_bytes()
+    for p in path.rglob("*")
+    if p.is_file()
+  }
+
+
+def test_only_damaged_checkpoints_end_the_run(
+  monkeypatch, tmp_path, finished, capsys
+):
+  parts = shutil.copytree(finished, tmp_path / "parts")
+  for step in _steps(parts):
+    _truncate(_data_files(parts, step)[-1])
+  before = _content(parts)
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(parts, resume=True)) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: --resume: every checkpoint in")
+  assert _content(parts) == before
+
+
+def test_another_flag_is_refused_with_the_difference(
+  monkeypatch, tmp_path, finished, capsys
+):
+  parts = shutil.copytree(finished, tmp_path / "parts")
+  tiny.use(monkeypatch)
+  arguments = tiny.arguments(parts, resume=True, momentum=0.8, seed=1)
+  assert train.main(arguments) == 2
+  error = capsys.readouterr().err
+  assert "--momentum 0.9 became 0.8; --seed 0 became 1" in error
+
+
+def test_half_a_line_and_later_lines_go(tmp_path):
+  path = tmp_path / folder.METRICS
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+  log = records.MetricsLog(path, last_step=2)
+  log.append({"step": 3, "x": float("nan")})
+  assert (
+    path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "x": null}\n'
+  )
+
+
+@pytest.fixture
+def small_files_only():
+  """Files cannot grow beyond 100 bytes: what a full disk does."""
+
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+
+  yield limit
+  resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, small_files_only):
+  path = tmp_path / folder.METRICS
+  log = records.MetricsLog(path, last_step=0)
+  log.append({"step": 1, "text": "x" * 50})
+  before = path.read_bytes()
+  small_files_only()
+  with pytest.raises(RunError, match=r"metrics\.jsonl could not be written"):
+    log.append({"step": 2, "text": "x" * 50})
+  assert path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(
+  monkeypatch, tmp_path, finished, capsys, small_files_only
+):
+  parts = tmp_path / "parts"
+
+  def fill(step, batch):
+    if step == 15:  # The one of step 6 is whole, that of step 18 to come.
+      small_files_only()
+    return batch
+
+  tiny.use(monkeypatch, fill)
+  assert train.main(tiny.arguments(parts, epochs=3)) == 1
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith("error: ")
+  assert error.endswith("File too large")
+  monkeypatch.undo()
+  tiny.use(monkeypatch)
+  assert tiny.final_state(parts, step=6)
+
+
+def test_nan_ends_the_run_and_keeps_the_checkpoint(
+  monkeypatch, tmp_path, capsys
+):
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch, _poison_at(8))
+  assert train.main(tiny.arguments(parts)) == 1
+  assert "of step 9" in capsys.readouterr().err
+  assert _steps(parts) == [6]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_is_left_out_and_counted(monkeypatch, tmp_path, layout):
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch, _poison_at(8))
+  flags = {**LAYOUTS[layout], "skip_nonfinite": True}
+  assert train.main(tiny.arguments(parts, **flags)) == 0
+  summary = json.loads((parts / folder.SUMMARY).read_text())
+  assert summary["nonfinite_steps"] == 1
+  assert summary["nonzero_outside_masks"] == 0
+  assert np.isfinite(summary["test_loss"])
+
+
+def test_newest_and_best_are_kept(monkeypatch, tmp_path):
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch)
+  flags = {"epochs": 6, "keep_checkpoints": 2}
+  assert train.main(tiny.arguments(parts, **flags)) == 0
+  lines = tiny.metrics(parts)
+  best = max(line["test_accuracy"] for line in lines)
+  steps = [line["step"] for line in lines if line["test_accuracy"] == best]
+  kept = _steps(parts)
+  assert kept[-2:] == [30, 36]
+  assert len(kept) <= 3
+  assert set(kept) & set(steps)
+
+
+def _command(path, *flags):
+  words = [sys.executable, "-m", "sparseopt_jax.train", "--workdir", str(path)]
+  return [*words, "--width", "4", "--epochs", "24", *flags]
+
+
+def _environment(devices):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  return {**os.environ, "XLA_FLAGS": flags}
+
+
+def _kill_after(seconds, command, environment):
+  """Runs a command, and ends it with SIGKILL after so many seconds."""
+  process = subprocess.Popen(
+    command,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  try:
+    process.wait(seconds)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "kills"), [(1, 20), (8, 5)])
+def test_killed_at_random_moments(tmp_path, devices, kills):
+  environment = _environment(devices)
+  flags = ["--devices", str(devices)]
+  whole = tmp_path / "whole"
+  start = time.perf_counter()
+  subprocess.run(_command(whole, *flags), env=environment, check=True)
+  duration = time.perf_counter() - start
+  steps = 24 * 22
+  expected = tiny.final_state(whole, steps)
+  for number in range(kills):
+    path = tmp_path / str(number)
+    moment = random.Random(number).uniform(0.25, 0.98) * duration
+    command = _command(path, *flags, "--resume")
+    _kill_after(moment, command, environment)
+    subprocess.run(
+      command, env=environment, check=True, stdout=subprocess.DEVNULL
+    )
+    for a, b in zip(expected, tiny.final_state(path, steps), strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert tiny.metrics(whole) == tiny.metrics(path)
+    shutil.rmtree(path)

@@ -1,0 +1,354 @@
+"""Trees of parameters as the libraries make them, and their neuron axes."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import sparseopt_jax
+
+RIGL = sparseopt_jax.RigL(100, update_every=2, drop_fraction=0.5)
+KEY = jax.random.key(0)
+
+
+def _find_state(opt_state: Any) -> sparseopt_jax.SparseOptState:
+  is_state = lambda x: isinstance(x, sparseopt_jax.SparseOptState)
+  nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
+  return next(node for node in nodes if is_state(node))
+
+
+def _noise(seed: int, tree: Any) -> Any:
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree
+  )
+
+
+def _train(tx: Any, params: Any, steps: int = 4) -> tuple:
+  """Through one mask update; returns parameters, masks before and after."""
+
+  @jax.jit
+  def step(gradients, opt_state, params):
+    updates, opt_state = tx.update(gradients, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  opt_state = tx.init(params)
+  before = sparseopt_jax.get_masks(opt_state)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  for i in range(steps):
+    params, opt_state = step(_noise(i, params), opt_state, params)
+  return params, before, sparseopt_jax.get_masks(opt_state)
+
+
+def _paths(tree: Any) -> list[str]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+  ]
+
+
+def _assert_sparse_training(params: Any, expected_paths: list[str]) -> None:
+  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.5, RIGL, weight_decay=1e-2)
+  new, before, after = _train(tx, params)
+  assert jax.tree.structure(new) == jax.tree.structure(params)
+  assert _paths(after) == expected_paths
+  pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+  for old_mask, new_mask in pairs:
+    assert old_mask.sum() == new_mask.sum()
+  masks = jax.tree.leaves(after, is_leaf=lambda x: x == optax.MaskedNode())
+  for mask, leaf in zip(masks, jax.tree.leaves(new), strict=True):
+    if not isinstance(mask, optax.MaskedNode):
+      assert not np.any(leaf[~mask])
+  changes = [
+    bool((old_mask != new_mask).any())
+    for old_mask, new_mask in zip(
+      jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    )
+  ]
+  assert any(changes)
+
+
+# --- Containers ---------------------------------------------------------------
+
+
+class _Pair(NamedTuple):
+  kernel: jax.Array
+  bias: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Layer:
+  """As an Equinox module: the neuron axis first, some leaves None."""
+
+  weight: jax.Array
+  bias: jax.Array | None
+
+
+def _array(*shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), "f4")
+
+
+@pytest.mark.parametrize(
+  ("params", "expected_paths"),
+  [
+    ({"a": {"kernel": _array(6, 4), "bias": _array(4)}}, ["a/kernel"]),
+    ((_array(6, 4), _array(4), (_array(4, 5),)), ["0", "2/0"]),
+    ([_Pair(_array(6, 4), _array(4))], ["0/kernel"]),
+    (_array(6, 4), [""]),
+    ({"net": _Layer(_array(6, 4), None), "none": None}, ["net/weight"]),
+    ({3: _array(6, 4), 5: _array(4)}, ["3"]),
+  ],
+  ids=["dict", "tuple", "namedtuple", "array", "dataclass", "int keys"],
+)
+def test_containers(params, expected_paths):
+  _assert_sparse_training(params, expected_paths)
+
+
+def test_linen_frozen_dict():
+  module = nn.Dense(4)
+  params = nn.FrozenDict(module.init(KEY, jnp.ones((1, 6)))["params"])
+  _assert_sparse_training(params, ["kernel"])
+
+
+def test_linen_partitioned_boxes():
+  """Leaves in boxes of metadata, as models for many devices have them."""
+  module = nn.Dense(
+    4,
+    kernel_init=nn.with_partitioning(
+      nn.initializers.lecun_normal(), (None, "m")
+    ),
+  )
+  params = module.init(KEY, jnp.ones((1, 6)))["params"]
+  assert isinstance(params["kernel"], nn.Partitioned)
+  _assert_sparse_training(params, ["kernel/value"])
+
+
+# --- NNX ----------------------------------------------------------------------
+
+
+class _Net(nnx.Module):
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.conv = nnx.Conv(2, 4, (3, 3), use_bias=False, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+    self.embed = nnx.Embed(7, 4, rngs=rngs)
+    self.head = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, images, words):
+    x = nnx.relu(self.norm(self.conv(images))).mean((1, 2))
+    return self.head(x + self.embed(words))
+
+
+def _nnx_loss(net, images, words):
+  return (net(images, words) ** 2).sum()
+
+
+def _nnx_training(tx, steps=4):
+  net = _Net()
+  optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+  params = nnx.as_pure(nnx.state(net, nnx.Param))
+  opt_state = nnx.as_pure(optimizer.opt_state)
+  nnx.update(net, sparseopt_jax.apply_masks(params, opt_state))
+  images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), "f4")
+  words = jnp.arange(5)
+
+  @nnx.jit
+  def step(net, optimizer):
+    gradients = nnx.grad(_nnx_loss)(net, images, words)
+    optimizer.update(net, gradients)
+
+  for _ in range(steps):
+    step(net, optimizer)
+  return net, nnx.as_pure(optimizer.opt_state), opt_state
+
+
+def test_nnx_optimizer():
+  seen = []
+
+  def sparse(path, leaf):
+    seen.append(path)
+    return path.endswith("kernel")
+
+  tx = sparseopt_jax.sparseopt_sgd(1e-3, 0.5, RIGL, sparse=sparse)
+  net, opt_state, old_opt_state = _nnx_training(tx)
+  assert {"conv/kernel", "head/kernel", "embed/embedding"} <= set(seen)
+  masks = sparseopt_jax.get_masks(opt_state)
+  old_masks = sparseopt_jax.get_masks(old_opt_state)
+  for name in ("conv", "head"):
+    kernel = np.asarray(getattr(net, name).kernel[...])
+    mask = np.asarray(masks[name]["kernel"])
+    old_mask = np.asarray(old_masks[name]["kernel"])
+    assert mask.shape == kernel.shape
+    assert mask.sum() == old_mask.sum()
+    assert not kernel[~mask].any()
+    assert kernel[mask & old_mask].all()
+  metrics = sparseopt_jax.sparsity_metrics(opt_state)
+  assert float(metrics["sparsity"]) == pytest.approx(0.5, abs=0.02)
+  assert float(metrics["mask_change"]) > 0
+  assert "conv/kernel" in sparseopt_jax.sparsity_table(opt_state)
+
+
+def test_nnx_defaults_leave_embeddings_and_norms_dense():
+  params = nnx.state(_Net(), nnx.Param)
+  opt_state = sparseopt_jax.sparseopt_sgd(0.1, 0.5).init(params)
+  masks = sparseopt_jax.get_masks(opt_state)
+  shapes = sorted(mask.shape for mask in jax.tree.leaves(masks))
+  assert shapes == [(3, 3, 2, 4), (4, 3)]
+
+
+# --- Layers and their neuron axes ---------------------------------------------
+
+
+class _ConvTranspose(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.ConvTranspose(4, (3, 3), transpose_kernel=True, use_bias=False)(x)
+
+
+LAYERS = {
+  "Dense": (nn.Dense(4, use_bias=False), (1, 6), -1, (4,)),
+  "Conv 1d": (nn.Conv(4, (3,), use_bias=False), (1, 8, 2), -1, (4,)),
+  "Conv 2d": (nn.Conv(4, (3, 3), use_bias=False), (1, 8, 8, 2), -1, (4,)),
+  "Conv 3d": (nn.Conv(4, (3, 3, 3), use_bias=False), (1, 4, 4, 4, 2), -1, (4,)),
+  "depthwise Conv": (
+    nn.Conv(6, (3, 3), feature_group_count=6, use_bias=False),
+    (1, 8, 8, 6),
+    -1,
+    (6,),
+  ),
+  "grouped Conv": (
+    nn.Conv(6, (3, 3), feature_group_count=2, use_bias=False),
+    (1, 8, 8, 4),
+    -1,
+    (6,),
+  ),
+  "ConvTranspose": (
+    nn.ConvTranspose(4, (3, 3), use_bias=False),
+    (1, 8, 8, 2),
+    -1,
+    (4,),
+  ),
+  "ConvTranspose with transposed kernel": (
+    _ConvTranspose(),
+    (1, 8, 8, 2),
+    -2,
+    (4,),
+  ),
+  "DenseGeneral": (
+    nn.DenseGeneral((2, 3), use_bias=False),
+    (1, 8),
+    (-2, -1),
+    (2, 3),
+  ),
+  "Equinox Linear": ({"weight": _array(4, 6)}, None, 0, (4,)),
+  "Equinox Conv": ({"weight": _array(4, 2, 3, 3)}, None, 0, (4,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_corrected_per_neuron(name):
+  layer, input_shape, axis, neurons = LAYERS[name]
+  params = layer
+  if input_shape is not None:
+    params = layer.init(KEY, jnp.ones(input_shape))["params"]
+  tx = sparseopt_jax.sparseopt(0.6, output_axis=axis)
+  opt_state = tx.init(params)
+  (mask,) = jax.tree.leaves(sparseopt_jax.get_masks(opt_state))
+  assert sparseopt_jax.neuron_sparsity(mask, axis).shape == neurons
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  gradients = _noise(0, params)
+  updates, _ = tx.update(gradients, opt_state, params)
+  (update,), (gradient,) = map(jax.tree.leaves, (updates, gradients))
+  expected = oracle.correct(gradient, mask, axis)
+  np.testing.assert_allclose(update, expected, rtol=1e-6)
+  angle = float(sparseopt_jax.sparsity_metrics(opt_state)["skew_angle"])
+  assert angle == pytest.approx(oracle.skew_angle(mask, axis), rel=1e-4)
+
+
+def test_an_axis_for_each_leaf():
+  """Transposed kernels, heads and plain layers in one network."""
+  params = {
+    "up": {"kernel": _array(3, 3, 4, 2)},
+    "query": {"kernel": _array(8, 2, 3)},
+    "out": {"kernel": _array(2, 3, 8)},
+    "dense": {"kernel": _array(6, 5)},
+  }
+  axes = {"up/kernel": -2, "query/kernel": (1, 2)}
+  tx = sparseopt_jax.sparseopt(
+    0.5, output_axis=lambda path, leaf: axes.get(path, -1)
+  )
+  state = tx.init(params)
+  shapes = jax.tree.map(lambda x: x.shape, state.fan_in)
+  assert shapes == {
+    "up": {"kernel": (1, 1, 4, 1)},
+    "query": {"kernel": (1, 2, 3)},
+    "out": {"kernel": (1, 1, 8)},
+    "dense": {"kernel": (1, 5)},
+  }
+  gradients = _noise(1, params)
+  updates, _ = tx.update(gradients, state, params)
+  masks = sparseopt_jax.get_masks(state)
+  for name in params:
+    expected = oracle.correct(
+      gradients[name]["kernel"],
+      masks[name]["kernel"],
+      axes.get(f"{name}/kernel", -1),
+    )
+    np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-6)
+
+
+def test_layers_of_one_shape_but_different_axes():
+  """They share the selection of a mask update, not their fan-ins."""
+  params = {"a": _array(6, 6), "b": _array(6, 6)}
+  tx = sparseopt_jax.sparseopt_sgd(
+    0.1, 0.5, RIGL, output_axis=lambda path, leaf: 0 if path == "a" else -1
+  )
+  opt_state = tx.init(params)
+  update = jax.jit(tx.update)
+  for i in range(4):
+    _, opt_state = update(_noise(i, params), opt_state, params)
+  masks = sparseopt_jax.get_masks(opt_state)
+  state = _find_state(opt_state)
+  for name, axis in (("a", 0), ("b", -1)):
+    fan_in = oracle.fan_ins(masks[name], axis)
+    np.testing.assert_array_equal(np.ravel(state.fan_in[name]), fan_in)
+    np.testing.assert_allclose(
+      np.ravel(state.scale[name]), oracle.factors(masks[name], axis), rtol=1e-6
+    )
+
+
+# --- Dtypes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_exact_zeros_in_every_pair_of_dtypes(dtype, slots):
+  params = {"a": _array(6, 4).astype(dtype), "b": _array(4, 5)}
+  tx = sparseopt_jax.keep_params_sparse(
+    optax.chain(
+      sparseopt_jax.sparseopt(0.5, RIGL),
+      optax.add_decayed_weights(1e-2),
+      optax.sgd(0.1, momentum=0.9, accumulator_dtype=slots),
+    )
+  )
+  dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+  opt_state = tx.init(params)
+  expected = dtypes(opt_state)
+  update = jax.jit(tx.update)
+  new = sparseopt_jax.apply_masks(params, opt_state)
+  for i in range(4):
+    updates, opt_state = update(_noise(i, params), opt_state, new)
+    new = optax.apply_updates(new, updates)
+    masks = sparseopt_jax.get_masks(opt_state)
+    for name in params:
+      assert not np.any(new[name][~masks[name]])
+  assert dtypes(opt_state) == expected
+  assert dtypes(new) == dtypes(params)
