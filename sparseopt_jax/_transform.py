@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparseopt_jax import _correction
@@ -184,6 +185,39 @@ def _growth_scores(
     scales = sparse_only(state.status, state.scale)
     scores = [_scaled(g, d) for g, d in zip(scores, scales, strict=True)]
   return scores
+
+
+# Compiled as a whole: outside of jit, init would compile one operation after
+# the other. Tracing init again, as a wrapper does, finds it done.
+@functools.partial(jax.jit, static_argnames="shapes")
+def _random_masks(
+  key_data: jax.Array, counts: jax.Array, shapes: tuple[tuple[int, ...], ...]
+) -> list[jax.Array]:
+  """One mask for each shape, with so many active weights."""
+  stacking = _stacking.Stacking(shapes)
+  everything = [
+    jnp.ones((len(group), *shapes[group[0]]), jnp.bool_)
+    for group in stacking.groups
+  ]
+  # Else XLA would evaluate masks that do not depend on arguments, slowly.
+  key = _key(lax.optimization_barrier(key_data))
+  drawn = _selection.at_random(
+    everything,
+    jnp.stack(stacking.order(list(counts))),
+    _topology.random_words(key, len(shapes)),
+  )
+  return stacking.unstack(drawn)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _initial_state(
+  mask: jax.Array, axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Status, fan-in and scale of a layer with this mask."""
+  fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
+  scale = _correction.scale_from_fan_in(fan_in, range(mask.ndim))
+  status = jnp.where(mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
+  return status, fan_in, scale
 
 
 def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
@@ -416,19 +450,13 @@ def sparseopt(
       if choice
     }
     counts = _distributions.active_counts(shapes, sparsity, distribution)
-    stacking = _stacking.Stacking(list(shapes.values()))
-    everything = [
-      jnp.ones((len(group), *list(shapes.values())[group[0]]), jnp.bool_)
-      for group in stacking.groups
-    ]
-    # Else XLA would evaluate the masks at compile time, slowly.
-    key = _key(lax.optimization_barrier(_key_data(seed)))
-    drawn = _selection.at_random(
-      everything,
-      jnp.array(stacking.order(list(counts.values())), jnp.int32),
-      _topology.random_words(key, len(shapes)),
+    layers = iter(
+      _random_masks(
+        _key_data(seed),
+        np.array(list(counts.values()), np.int32),
+        tuple(shapes.values()),
+      )
     )
-    layers = iter(stacking.unstack(drawn))
     return [next(layers) if choice else optax.MaskedNode() for choice in chosen]
 
   def init_leaf(mask: Any, is_corrected: bool, path: str, leaf: Any) -> tuple:
@@ -439,15 +467,12 @@ def sparseopt(
     axis = output_axis(path, leaf) if callable(output_axis) else output_axis
     mask = _place(mask, leaf)
     axes = _correction.input_axes(mask.ndim, axis)
-    fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-    scale = none
-    if is_corrected:
-      scale = _correction.scale_from_fan_in(fan_in, range(mask.ndim))
+    status, fan_in, scale = _initial_state(mask, axes)
+    scale = scale if is_corrected else none
     mean = none
     if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
       dtype = jnp.promote_types(leaf.dtype, jnp.float32)
       mean = jnp.zeros_like(leaf, dtype=dtype)
-    status = jnp.where(mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
     return status, fan_in, scale, mean
 
   def init_fn(params: optax.Params) -> SparseOptState:
