@@ -349,11 +349,12 @@ def _final(
   from sparseopt_jax.training import checkpoints
   from sparseopt_jax.training.state import has_masks
 
-  _, like = build.task(config, build.devices(config))
+  layout = build.devices(config)
+  _, create = build.task(config, layout)
   saved = checkpoints.Checkpoints(run / folder.CHECKPOINTS, keep=None)
   with contextlib.closing(saved):
     try:
-      state = saved.read(step, like)
+      state = saved.read(step, layout.target(jax.eval_shape(create)))
     except Exception as error:  # Orbax has no one type for a bad file.
       raise UsageError(f"{run}: no sound checkpoint of step {step}") from error
   variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -59,13 +59,13 @@ def train(
     from sparseopt_jax.training import build
 
     layout = build.devices(config)
-    task, state = build.task(config, layout)
+    task, create = build.task(config, layout)
   from sparseopt_jax.training import loop
   from sparseopt_jax.training import telling
 
   telling.say(f"{path}: {build.describe(config, task)}")
   run = loop.Run(config, task, layout, path, stop)
-  return run.train(state, command)
+  return run.train(create, command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -87,6 +87,13 @@ OPTIMIZERS = {
   "muon": Optimizer(lambda: optax.contrib.muon(_RATE), per_coordinate=False),
 }
 
+# These make the table with every layout; the others run in its first row only.
+CROSSED = [
+  name
+  for name in OPTIMIZERS
+  if name not in ("decay and schedule", "clipped", "nadam", "muon")
+]
+
 
 # --- Wrappers -----------------------------------------------------------------
 
@@ -352,8 +359,8 @@ def test_every_layout(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("optimizer", CROSSED)
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_every_pair(layout, optimizer):
   _assert_contract(layout, optimizer)
 

@@ -177,7 +177,7 @@ def test_state_is_not_bound_to_a_device_its_parameters_are_free_of():
 
 
 def _loss(params, inputs):
-  """Its gradient is the mean of ``inputs``, in whatever order they are added."""
+  """Its gradient is the mean of the inputs, whatever the order of the sum."""
   products = jax.tree.map(lambda p, x: jnp.sum(p[None] * x), params, inputs)
   return sum(jax.tree.leaves(products)) / len(inputs["a"]["kernel"])
 

@@ -173,6 +173,21 @@ def test_bad_input_ends_a_process_soon(tmp_path, flags):
   assert list(tmp_path.iterdir()) == []
 
 
+def test_damaged_checkpoints_end_a_process_soon(tmp_path):
+  run = tmp_path / "run"
+  done, _ = _run(["--workdir", str(run), "--epochs", "1"], tmp_path)
+  assert done.returncode == 0
+  for file in (run / folder.CHECKPOINTS).rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:10])
+  done, seconds = _run(
+    ["--workdir", str(run), "--epochs", "1", "--resume"], tmp_path
+  )
+  assert done.returncode == 2
+  assert re.fullmatch("error: --resume: every checkpoint.*\n", done.stderr)
+  assert seconds < 8
+
+
 def test_flags_are_checked_before_heavy_imports(tmp_path):
   code = (
     "import sys; from sparseopt_jax import train;"

@@ -13,6 +13,7 @@ import tiny
 import sparseopt_jax
 from sparseopt_jax import train
 from sparseopt_jax.training import build
+from sparseopt_jax.training import compiling
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import parallel
 from sparseopt_jax.training import prefetch
@@ -33,7 +34,8 @@ def _built(monkeypatch, **flags):
   """A tiny task, its first state and its first batch, on one device."""
   tiny.use(monkeypatch)
   config = Config(**{**tiny.FLAGS, **flags})
-  task, state = build.task(config, build.devices(config))
+  task, create = build.task(config, build.devices(config))
+  state = compiling.quick_jit(create)()
   batch = next(task.dataset.train_batches(0, 0, config.batch_size))
   return task, state, jax.tree.map(jnp.asarray, batch)
 
@@ -195,9 +197,10 @@ def test_correction_is_for_kernels_before_batch_norm(monkeypatch):
   for correction in ("on", "off"):
     config = Config(**tiny.FLAGS, correction=correction, weight_decay=0.0)
     tx = optimizer.create(config, params, 6, frozenset(before))
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
+    update = jax.jit(tx.update)
     for _ in range(2):  # The first has learning rate 0.
-      updates[correction], state = tx.update(gradient, state, params)
+      updates[correction], state = update(gradient, state, params)
   same = {
     path: np.allclose(
       updates["on"][path]["kernel"], updates["off"][path]["kernel"]
@@ -256,8 +259,8 @@ def test_replicas_that_differ_are_found(monkeypatch):
   tiny.use(monkeypatch)
   config = Config(**tiny.FLAGS, devices=2)
   layout = build.devices(config)
-  _, state = build.task(config, layout)
-  state = layout.put(state)
+  _, create = build.task(config, layout)
+  state = layout.put(create())
   layout.check_replicas(state)
   status = np.asarray(jax.tree.leaves(state.opt_state[0].status)[0])
   turned = [

@@ -135,10 +135,12 @@ def arguments(workdir: pathlib.Path, **flags) -> list[str]:
 def restored(workdir: pathlib.Path, step: int = STEPS) -> TrainState:
   """A run's checkpoint."""
   config = Config.from_identity(folder.read_config(workdir))
-  _, like = build.task(config, build.devices(config))
+  layout = build.devices(config)
+  _, create = build.task(config, layout)
+  target = layout.target(jax.eval_shape(create))
   saved = checkpoints.Checkpoints(workdir / folder.CHECKPOINTS, keep=None)
   with contextlib.closing(saved):
-    return saved.read(step, like)
+    return saved.read(step, target)
 
 
 def final_state(workdir: pathlib.Path, step: int = STEPS) -> list[np.ndarray]:

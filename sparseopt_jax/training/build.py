@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import importlib.util
 from typing import Any
 
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 from sparseopt_jax import data
 from sparseopt_jax import inspection
 from sparseopt_jax import models
-from sparseopt_jax.training import compiling
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import parallel
 from sparseopt_jax.training import state as state_lib
@@ -59,15 +59,16 @@ def dataset(config: Config) -> data.dataset.Dataset:
 
 def task(
   config: Config, layout: parallel.Layout
-) -> tuple[Task, state_lib.TrainState]:
-  """Builds the static and the changing part of a run.
+) -> tuple[Task, Callable[[], state_lib.TrainState]]:
+  """Builds what does not change in a run, and what makes its first state.
 
   Args:
     config: What was asked for.
     layout: Where it will run.
 
   Returns:
-    What a step needs, and the state before step 0, on the default device.
+    What a step needs, and a function of nothing that gives the state before
+    step 0; under `jax.eval_shape` it costs nothing.
 
   Raises:
     UsageError: See `dataset` and `optimizer.sparse_paths`; or tensorboardX is
@@ -93,22 +94,21 @@ def task(
     source.steps_per_epoch(config.batch_size),
     frozenset(_before_batch_norm(model, images)),
   )
-  state = compiling.quick_jit(
-    lambda: state_lib.create(config.seed, _init(config, model, images), tx)
-  )()
-  return (
-    Task(
-      model,
-      source,
-      tx,
-      jnp.dtype(config.precision),
-      config.label_smoothing,
-      config.accumulate,
-      config.skip_nonfinite,
-      layout.axis_name,
-    ),
-    state,
+  built = Task(
+    model,
+    source,
+    tx,
+    jnp.dtype(config.precision),
+    config.label_smoothing,
+    config.accumulate,
+    config.skip_nonfinite,
+    layout.axis_name,
   )
+
+  def create() -> state_lib.TrainState:
+    return state_lib.create(config.seed, _init(config, model, images), tx)
+
+  return built, create
 
 
 def _init(config: Config, model: Any, images: jax.Array) -> dict[str, Any]:

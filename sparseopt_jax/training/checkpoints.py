@@ -90,15 +90,14 @@ class Checkpoints:
       f"a checkpoint could not be written to {self._folder} ({kept}): {reason}"
     )
 
-  def restore(self, like: TrainState) -> TrainState | None:
+  def restore(self, target: TrainState) -> TrainState | None:
     """Reads the newest sound checkpoint.
 
     Newer ones that are damaged are named in a warning and moved aside, into the
     folder `damaged`.
 
     Args:
-      like: A state of the run, in the run's layout; only its structure, shapes,
-        dtypes and layout count.
+      target: What to read it into: `Layout.target`.
 
     Returns:
       The state, or None where there is no checkpoint at all.
@@ -110,7 +109,7 @@ class Checkpoints:
     reasons: list[str] = []
     for step in steps:
       try:
-        state = self.read(step, like)
+        state = self.read(step, target)
       except Exception as error:  # Orbax has no one type for a bad file.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reasons.append(f"step {step}: {reason[:200]}")
@@ -124,9 +123,8 @@ class Checkpoints:
       )
     return None
 
-  def read(self, step: int, like: TrainState) -> TrainState:
+  def read(self, step: int, target: TrainState) -> TrainState:
     """Reads one checkpoint; raises an error of some kind unless it is sound."""
-    target = jax.tree.map(_target, like)
     items = self._manager.restore(
       step,
       args=ocp.args.Composite(
@@ -178,12 +176,6 @@ def _to_host(tree: Any) -> Any:
     return np.asarray(x) if x.is_fully_addressable else x
 
   return jax.tree.map(convert, tree)
-
-
-def _target(x: Any) -> Any:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-  return np.empty(x.shape, x.dtype)
 
 
 def _crc(tree: Any) -> list[int]:

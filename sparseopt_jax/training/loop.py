@@ -7,6 +7,7 @@ are read a few steps later, when they are there.
 from __future__ import annotations
 
 import collections
+from collections.abc import Callable
 import contextlib
 import pathlib
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 import sparseopt_jax
+from sparseopt_jax.training import compiling
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import plots
 from sparseopt_jax.training import records
@@ -63,11 +65,13 @@ class Run:
     self._share = (jax.process_index(), jax.process_count())
     self._first = jax.process_index() == 0
 
-  def train(self, fresh: TrainState, command: str) -> dict[str, Any]:
-    """Runs to the end, from `fresh` or, with `resume`, from a checkpoint.
+  def train(
+    self, create: Callable[[], TrainState], command: str
+  ) -> dict[str, Any]:
+    """Runs to the end, from the start or, with `resume`, from a checkpoint.
 
     Args:
-      fresh: The state before step 0.
+      create: Gives the state before step 0.
       command: The command line, for the summary.
 
     Returns:
@@ -85,7 +89,7 @@ class Run:
       self._folder / folder_lib.CHECKPOINTS, self._config.keep_checkpoints
     )
     with contextlib.closing(self._checkpoints):
-      state = self._begin(fresh)
+      state = self._begin(create)
       self._show_table("start", state)
       with contextlib.closing(self._log):
         state = self._run_steps(state)
@@ -95,11 +99,12 @@ class Run:
     telling.say(f"{telling.result_line(summary)}: {self._folder}")
     return summary
 
-  def _begin(self, fresh: TrainState) -> TrainState:
-    state = self._layout.put(fresh)
-    restored = self._checkpoints.restore(state) if self._config.resume else None
-    if restored is not None:
-      state = self._layout.put(restored)
+  def _begin(self, create: Callable[[], TrainState]) -> TrainState:
+    restored = None
+    if self._config.resume:
+      target = self._layout.target(jax.eval_shape(create))
+      restored = self._checkpoints.restore(target)
+    state = self._layout.put(restored or compiling.quick_jit(create)())
     # A checkpoint that a signal forced during an evaluation comes before that
     # evaluation's line.
     evaluated = int(state.sums.examples) == 0

@@ -45,6 +45,10 @@ class Layout(abc.ABC):
   def put_batch(self, batch: dict[str, np.ndarray]) -> step.Batch:
     """Places this process's share of a batch on its devices."""
 
+  def target(self, abstract: Any) -> Any:
+    """What a checkpoint is read into, given the state's `jax.eval_shape`."""
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
+
   @abc.abstractmethod
   def compile_train(self, task: step.Task) -> Any:
     """`(state, batch) -> (state, metrics)`; the old state is given away."""
@@ -153,6 +157,16 @@ class Sharded(Layout):
     if len(shape) > 1 and max(sizes) > 0:
       spec[sizes.index(max(sizes))] = AXIS
     return NamedSharding(self._mesh, PartitionSpec(*spec))
+
+  def target(self, abstract: Any) -> Any:
+    if jax.process_count() == 1:
+      return super().target(abstract)
+
+    def sharded(x: Any) -> jax.ShapeDtypeStruct:
+      sharding = self.sharding(x.shape)
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(sharded, abstract)
 
   def put(self, tree: T) -> T:
     shardings = jax.tree.map(lambda x: self.sharding(np.shape(x)), tree)
