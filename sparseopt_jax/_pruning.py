@@ -1,13 +1,15 @@
 """Masks from the values of dense parameters."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from sparseopt_jax import _blocks
 from sparseopt_jax import _distributions
 from sparseopt_jax import _leaves
 from sparseopt_jax import _selection
-from sparseopt_jax import _stacking
 
 
 def magnitude_masks(
@@ -66,14 +68,15 @@ def magnitude_masks(
   shapes = {path: layer.shape for path, layer in layers.items()}
   counts = _distributions.active_counts(shapes, sparsity, distribution)
   excess = [layers[path].size - count for path, count in counts.items()]
-  stacking = _stacking.Stacking(list(shapes.values()))
-  stacks = stacking.stack(list(layers.values()))
-  pruned = _selection.smallest(
-    stacks,
-    [jnp.ones(stack.shape, jnp.bool_) for stack in stacks],
-    jnp.array(stacking.order(excess), jnp.int32),
-  )
-  masks = iter(stacking.unstack([~prune for prune in pruned]))
+  n = jnp.array(excess, jnp.int32)
+
+  def keep(block: _blocks.Block) -> tuple[jax.Array, Sequence[jax.Array]]:
+    wanted = jnp.where(block.sizes() > 0, block.take_array(n), 0)
+    values = block.pack(list(layers.values()), 0.0)
+    pruned = _selection.smallest(block, values, block.is_layer(), wanted)
+    return ~pruned, block.starts()
+
+  masks = iter(_blocks.block_by_block(list(shapes.values()), keep))
   return jax.tree.unflatten(
     treedef,
     [next(masks) if choice else optax.MaskedNode() for choice in chosen],

@@ -3,14 +3,14 @@
 A score is mapped to an unsigned integer, its key, that orders the same way. The
 n-th largest key of a layer is searched between two bounds: each pass counts the
 keys at or above three thresholds, which leaves a quarter of the interval, and
-the search ends as soon as some threshold has exactly n keys above it. Layers of
-one shape come stacked in one array and all search in one loop: a small program.
+the search ends as soon as some threshold has exactly n keys above it.
 
-The passes are elementwise up to their reduction to scalars and keep the axes of
-the weights, so sharded arrays stay where they are and give the same result.
+Arrays are laid out as a `_blocks.Block`; its layers search in one loop. The
+passes are elementwise up to their reduction to a number, so they give the same
+on one device and on many.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import math
 from typing import NamedTuple
 
@@ -18,34 +18,29 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from sparseopt_jax import _blocks
+
 _MAX_ORDER = (1 << 31) - 1
 _ZERO_KEY = 2
 
 
-def linear_index(shape: tuple[int, ...]) -> jax.Array:
-  """The row-major position of each element; uint32."""
-  index = jnp.zeros(shape, jnp.uint32)
-  for axis in range(len(shape)):
-    stride = jnp.uint32(math.prod(shape[axis + 1 :]))
-    index += stride * lax.broadcasted_iota(jnp.uint32, shape, axis)
-  return index
-
-
-def random_order(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A pseudo-random uint32 below 2**31 for each element, all of them different.
+def random_order(
+  words: tuple[jax.Array, jax.Array], position: jax.Array
+) -> jax.Array:
+  """A pseudo-random uint32 below 2**31, another one for each position.
 
   The finaliser of MurmurHash3 in 31 bits, keyed twice: a bijection of the
   position. ``jax.random.bits`` on a CPU costs some fifty times as much and
   would be most of a mask update.
 
   Args:
-    word: uint32 of shape (2,), fresh for each layer and use.
-    shape: The shape of the result, of fewer than 2**31 elements.
+    words: Two uint32, fresh for each layer and use.
+    position: uint32 below 2**31.
   """
   low = jnp.uint32(_MAX_ORDER)
-  bits = linear_index(shape)
-  for i in range(2):
-    bits ^= word[i] & low
+  bits = position
+  for word in words:
+    bits ^= word & low
     bits = ((bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)) & low
     bits = ((bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)) & low
     bits ^= bits >> 16
@@ -54,6 +49,8 @@ def random_order(word: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _magnitude(value: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The bits of |value|, in its order but for NaN; and those of infinity."""
+  # In float32 or wider, which is exact, so the order stays.
+  value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
   unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
   infinity = jnp.asarray(jnp.inf, value.dtype)
   bits = lax.bitcast_convert_type(value, unsigned)
@@ -75,40 +72,14 @@ def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
   return jnp.where(eligible, key, jnp.zeros_like(bits))
 
 
-def _stored(arrays: list[jax.Array]) -> list[jax.Array]:
-  """Keeps XLA from computing these anew wherever they are used."""
-  return lax.optimization_barrier(arrays)
-
-
-def count(
-  conditions: Sequence[jax.Array], axes: Sequence[int]
-) -> list[jax.Array]:
-  """How often each of some bool arrays of one shape is true, over ``axes``.
-
-  One variadic reduction reads its operands once for all conditions. On a CPU it
-  is vectorised, while XLA turns a sum of one array into a tree of sums that
-  takes several times longer.
-  """
-
-  def add(a: tuple, b: tuple) -> tuple:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-  ones = tuple(condition.astype(jnp.int32) for condition in conditions)
-  return lax.reduce(ones, (jnp.int32(0),) * len(ones), add, axes)
-
-
-def _rows(stacks: Sequence[jax.Array], values: jax.Array) -> list[jax.Array]:
-  """Per-layer values, cut up and shaped to broadcast against each stack."""
-  parts, start = [], 0
-  for stack in stacks:
-    part = values[start : start + len(stack)]
-    parts.append(jnp.expand_dims(part, range(1, stack.ndim)))
-    start += len(stack)
-  return parts
+def _max_key(dtype: jnp.dtype) -> jax.Array:
+  """The key of infinity in `_large_key`, of zero in `_small_key`."""
+  infinity = jnp.asarray(jnp.inf, jnp.promote_types(dtype, jnp.float32))
+  return _magnitude(infinity)[1] + _ZERO_KEY
 
 
 class _Interval(NamedTuple):
-  """Where the n-th largest key of each layer lies; each of shape (layers,)."""
+  """Where the n-th largest key of each layer lies; each of shape (slots,)."""
 
   low: jax.Array  # at least n keys reach it
   high: jax.Array  # fewer than n keys reach it
@@ -116,18 +87,20 @@ class _Interval(NamedTuple):
   reach_high: jax.Array  # how many do; int32
 
 
-def _search(stacks: Sequence[jax.Array], n: jax.Array, limit: int) -> _Interval:
+def _search(
+  block: _blocks.Block,
+  keys: Callable[[], jax.Array],
+  n: jax.Array,
+  limit: jax.Array,
+) -> _Interval:
   """Narrows to where exactly ``n`` keys reach low, or only low's ties remain.
 
   Args:
-    stacks: Unsigned keys up to ``limit``.
-    n: int32 of shape (layers,).
+    block: The layers.
+    keys: Gives unsigned keys up to ``limit``, anew in each pass.
+    n: int32 of shape (slots,).
     limit: The largest key there can be.
   """
-
-  def reach(threshold: jax.Array) -> list[jax.Array]:
-    rows = _rows(stacks, threshold)
-    return [stack >= row for stack, row in zip(stacks, rows, strict=True)]
 
   def is_open(interval: _Interval) -> jax.Array:
     low, high, reach_low, _ = interval
@@ -137,11 +110,8 @@ def _search(stacks: Sequence[jax.Array], n: jax.Array, limit: int) -> _Interval:
     low, high, reach_low, reach_high = interval
     step = jnp.maximum((high - low) >> 2, 1)
     tried = [low + step, low + 2 * step, low + 3 * step]
-    columns = [
-      count(conditions, range(1, conditions[0].ndim))
-      for conditions in zip(*map(reach, tried), strict=True)
-    ]
-    counts = [jnp.concatenate(c) for c in zip(*columns, strict=True)]
+    key = keys()
+    counts = block.count([key >= block.spread(t) for t in tried])
     for threshold, reached in zip(tried, counts, strict=True):
       low = jnp.where(reached >= n, threshold, low)
       reach_low = jnp.where(reached >= n, reached, reach_low)
@@ -151,174 +121,106 @@ def _search(stacks: Sequence[jax.Array], n: jax.Array, limit: int) -> _Interval:
       reach_high = jnp.where(nearer, reached, reach_high)
     return _Interval(low, high, reach_low, reach_high)
 
-  sizes = [math.prod(s.shape[1:]) for s in stacks for _ in range(len(s))]
   start = _Interval(
-    low=jnp.zeros(n.shape, stacks[0].dtype),
-    high=jnp.full(n.shape, limit + 1, stacks[0].dtype),
-    reach_low=jnp.array(sizes, jnp.int32),
+    low=jnp.zeros(n.shape, limit.dtype),
+    high=jnp.full(n.shape, limit + 1),
+    reach_low=jnp.array(block.sizes()),
     reach_high=jnp.zeros(n.shape, jnp.int32),
   )
   return lax.while_loop(is_open, narrow, start)
 
 
 def _select(
-  keys: Sequence[jax.Array],
-  n: jax.Array,
-  limit: int,
-  ties: Callable[[Sequence[jax.Array]], Sequence[jax.Array]],
-  max_tie: int,
-) -> list[jax.Array]:
-  """The ``n`` largest keys of each layer; among equal ones the largest ties.
+  block: _blocks.Block, key: jax.Array, n: jax.Array, limit: jax.Array
+) -> tuple[jax.Array, _Interval]:
+  """The ``n`` largest keys of each layer, of equal ones the first."""
+  found = _search(block, lambda: key, n, limit)
+  low = block.spread(found.low)
+  sizes = jnp.array(block.sizes())
+  end = block.spread(sizes.astype(jnp.uint32))
 
-  Args:
-    keys: Unsigned, 0 where not eligible.
-    n: int32 of shape (layers,).
-    limit: The largest key there can be.
-    ties: Gives tie keys in the shapes of ``keys``, from the key that the ties
-      of each layer have in common; from 1 to ``max_tie``, all different within
-      a layer.
-    max_tie: The largest tie key there can be.
-  """
-  found = _search(keys, n, limit)
+  def ties() -> jax.Array:
+    return jnp.where(key == low, end - block.position(), jnp.uint32(0))
+
+  # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
-  low = _rows(keys, found.low)
-
-  def break_ties() -> jax.Array:
-    tie_keys = [
-      jnp.where(key == bound, tie, jnp.zeros_like(tie))
-      for key, bound, tie in zip(keys, low, ties(low), strict=True)
-    ]
-    sizes = [math.prod(key.shape[1:]) for key in keys for _ in range(len(key))]
-    # All keys reach 0, so the search of a layer without ties ends at once.
-    wanted = jnp.where(tied, n - found.reach_high, jnp.array(sizes, jnp.int32))
-    return _search(tie_keys, wanted, max_tie).low
-
-  no_ties = lambda: jnp.zeros(n.shape, jnp.uint32)
-  lowest = _rows(keys, lax.cond(jnp.any(tied), break_ties, no_ties))
-  return _stored(
-    [
-      (key > bound) | ((key == bound) & (tie >= last))
-      for key, bound, tie, last in zip(
-        keys, low, ties(low), lowest, strict=True
-      )
-    ]
-  )
-
-
-def _widest(values: Sequence[jax.Array]) -> list[jax.Array]:
-  """In one dtype, float32 or wider; exact, so the order stays."""
-  dtype = jnp.result_type(jnp.float32, *values)
-  return [value.astype(dtype) for value in values]
-
-
-def _max_key(dtype: jnp.dtype) -> int:
-  """The key of infinity in `_large_key`, of zero in `_small_key`."""
-  info = jnp.finfo(dtype)
-  return (((1 << info.nexp) - 1) << info.nmant) + _ZERO_KEY
-
-
-def _first_come(stack: jax.Array) -> jax.Array:
-  """Tie keys that favour the lowest index; of shape (1, ...)."""
-  shape = stack.shape[1:]
-  last = jnp.uint32(math.prod(shape))
-  return jnp.expand_dims(last - linear_index(shape), 0)
-
-
-def _random_orders(
-  stacks: Sequence[jax.Array], words: jax.Array
-) -> list[jax.Array]:
-  """`random_order` of each layer, plus 1."""
-  orders, start = [], 0
-  for stack in stacks:
-    part = words[start : start + len(stack)]
-    order = jax.vmap(lambda word, s=stack: random_order(word, s.shape[1:]))
-    orders.append(order(part) + 1)
-    start += len(stack)
-  return orders
+  wanted = jnp.where(tied, n - found.reach_high, sizes)
+  most = jnp.uint32(math.prod(block.shape))
+  last = block.spread(_search(block, ties, wanted, most).low)
+  return (key > low) | ((key == low) & (ties() >= last)), found
 
 
 def smallest(
-  values: Sequence[jax.Array], eligible: Sequence[jax.Array], n: jax.Array
-) -> list[jax.Array]:
+  block: _blocks.Block, values: jax.Array, eligible: jax.Array, n: jax.Array
+) -> jax.Array:
   """Selects the ``n`` eligible floats of smallest magnitude in each layer.
 
   Ties go to the lowest row-major index; NaN comes last.
 
   Args:
-    values: Floats. Each array stacks layers of one shape on its first axis.
-    eligible: Bools in the shapes of the values.
-    n: int32 of shape (layers,), at most the number of eligible values.
+    block: The layers.
+    values: Floats.
+    eligible: Bools.
+    n: int32 of shape (slots,), at most the number of eligible values.
 
   Returns:
-    Bools in the shapes of the values, exactly ``n`` of a layer true.
+    Bools, exactly ``n`` of a layer true.
   """
-  values = _widest(values)
-  keys = _stored(list(map(_small_key, values, eligible)))
-
-  def ties(bounds: Sequence[jax.Array]) -> list[jax.Array]:
-    del bounds
-    return [jnp.broadcast_to(_first_come(key), key.shape) for key in keys]
-
-  max_tie = max(math.prod(value.shape[1:]) for value in values)
-  return _select(keys, n, _max_key(values[0].dtype), ties, max_tie)
+  key = _small_key(values, eligible)
+  return _select(block, key, n, _max_key(values.dtype))[0]
 
 
 def largest(
-  values: Sequence[jax.Array],
-  eligible: Sequence[jax.Array],
+  block: _blocks.Block,
+  values: jax.Array,
+  eligible: jax.Array,
   n: jax.Array,
   words: jax.Array,
-) -> list[jax.Array]:
+) -> jax.Array:
   """Selects the ``n`` eligible floats of largest magnitude in each layer.
 
   Ties go to the lowest row-major index, but among zeros they are broken at
   random; NaN comes last.
 
   Args:
-    values: Floats. Each array stacks layers of one shape on its first axis.
-    eligible: Bools in the shapes of the values.
-    n: int32 of shape (layers,), at most the number of eligible values.
-    words: uint32 of shape (layers, 2), the random state.
+    block: The layers.
+    values: Floats.
+    eligible: Bools.
+    n: int32 of shape (slots,), at most the number of eligible values.
+    words: uint32 of shape (slots, 2), the random state.
 
   Returns:
-    Bools in the shapes of the values, exactly ``n`` of a layer true.
+    Bools, exactly ``n`` of a layer true.
   """
-  values = _widest(values)
-  keys = _stored(list(map(_large_key, values, eligible)))
+  key = _large_key(values, eligible)
+  chosen, found = _select(block, key, n, _max_key(values.dtype))
+  short = (found.low == _ZERO_KEY) & (found.reach_low > n)
 
-  def ties(bounds: Sequence[jax.Array]) -> list[jax.Array]:
-    return [
-      jnp.where(bound == _ZERO_KEY, at_random, _first_come(key))
-      for key, bound, at_random in zip(
-        keys, bounds, _random_orders(keys, words), strict=True
-      )
-    ]
+  def choose_zeros() -> jax.Array:
+    zeros = (key == _ZERO_KEY) & block.spread(short)
+    wanted = jnp.where(short, n - found.reach_high, 0)
+    return jnp.where(zeros, at_random(block, zeros, wanted, words), chosen)
 
-  max_key = _max_key(values[0].dtype)
-  return _select(keys, n, max_key, ties, _MAX_ORDER + 1)
+  return lax.cond(jnp.any(short), choose_zeros, lambda: chosen)
 
 
 def at_random(
-  eligible: Sequence[jax.Array], n: jax.Array, words: jax.Array
-) -> list[jax.Array]:
+  block: _blocks.Block, eligible: jax.Array, n: jax.Array, words: jax.Array
+) -> jax.Array:
   """Selects ``n`` eligible weights of each layer, all equally likely.
 
   Args:
-    eligible: Bools. Each array stacks layers of one shape on its first axis.
-    n: int32 of shape (layers,), at most the number of eligible weights.
-    words: uint32 of shape (layers, 2), the random state.
+    block: The layers.
+    eligible: Bools.
+    n: int32 of shape (slots,), at most the number of eligible weights.
+    words: uint32 of shape (slots, 2), the random state.
 
   Returns:
-    Bools in the shapes of ``eligible``, exactly ``n`` of a layer true.
+    Bools, exactly ``n`` of a layer true.
   """
-  orders = _random_orders(eligible, words)
-  keys = _stored(
-    [
-      jnp.where(e, order, jnp.zeros_like(order))
-      for e, order in zip(eligible, orders, strict=True)
-    ]
-  )
+  state = (block.spread(words[:, 0]), block.spread(words[:, 1]))
+  order = random_order(state, block.position()) + 1
+  key = jnp.where(eligible, order, jnp.uint32(0))
   # No two keys are equal, so the search ends with exactly n above low.
-  low = _search(keys, n, _MAX_ORDER + 1).low
-  rows = _rows(keys, low)
-  return _stored([key >= row for key, row in zip(keys, rows, strict=True)])
+  found = _search(block, lambda: key, n, jnp.uint32(_MAX_ORDER + 1))
+  return key >= block.spread(found.low)

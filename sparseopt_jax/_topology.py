@@ -2,11 +2,9 @@
 
 A mask update drops the active weights of smallest magnitude and grows as many
 inactive ones, so that the number of active weights of each layer stays what it
-was. Arrays of weights stack layers of one shape on their first axis, and
-per-layer values run over all layers in that order.
+was.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import math
 import numbers
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparseopt_jax import _blocks
 from sparseopt_jax import _selection
 
 
@@ -195,36 +194,42 @@ def check(topology: Topology) -> None:
     )
 
 
-def random_words(key: jax.Array, layers: int) -> jax.Array:
-  """The random state of a selection; uint32 of shape (layers, 2)."""
-  return jax.random.bits(key, (layers, 2), jnp.uint32)
+def random_words(key: jax.Array, count: jax.Array, layers: int) -> jax.Array:
+  """The random state of each layer's selection; uint32 of shape (layers, 2).
+
+  Args:
+    key: uint32 of shape (2,).
+    count: The call of ``update`` that it is for, from 1 on; 0 for ``init``.
+    layers: The number of layers.
+  """
+  # jax.random would take as long to compile as the rest of the selection.
+  position = _blocks.linear_index((layers, 2))
+  by_call = _selection.random_order((key[0], key[1]), count.astype(jnp.uint32))
+  return _selection.random_order((by_call, key[1]), position)
 
 
 def update_masks(
-  masks: Sequence[jax.Array],
-  weights: Sequence[jax.Array],
-  scores: Sequence[jax.Array] | None,
+  block: _blocks.Block,
+  masks: jax.Array,
+  weights: jax.Array,
+  scores: jax.Array | None,
   n: jax.Array,
-  key: jax.Array,
-) -> list[jax.Array]:
-  """Drops and grows ``n`` weights of each layer.
+  words: jax.Array,
+) -> jax.Array:
+  """Drops and grows ``n`` weights of each layer in a block.
 
   Args:
+    block: The layers.
     masks: Bools, true where a weight is active.
     weights: The weights, of which the active with smallest magnitude go.
     scores: What to grow by, largest magnitude first; None to grow at random.
-    n: int32 of shape (layers,).
-    key: A key for this mask update alone.
+    n: int32 of shape (slots,).
+    words: Random state of shape (slots, 2).
 
   Returns:
     The new masks, each with as many active weights as the old.
   """
-  dropped = _selection.smallest(weights, masks, n)
-  kept = [mask & ~drop for mask, drop in zip(masks, dropped, strict=True)]
-  eligible = [~mask for mask in kept]
-  words = random_words(key, len(n))
+  kept = masks & ~_selection.smallest(block, weights, masks, n)
   if scores is None:
-    grown = _selection.at_random(eligible, n, words)
-  else:
-    grown = _selection.largest(scores, eligible, n, words)
-  return [mask | grow for mask, grow in zip(kept, grown, strict=True)]
+    return kept | _selection.at_random(block, ~kept, n, words)
+  return kept | _selection.largest(block, scores, ~kept, n, words)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparseopt_jax import _blocks
 from sparseopt_jax import _correction
 from sparseopt_jax import _distributions
 from sparseopt_jax import _leaves
 from sparseopt_jax import _selection
-from sparseopt_jax import _stacking
 from sparseopt_jax import _topology
 
 # Bits of a weight's status.
@@ -101,10 +101,6 @@ def _key_data(seed: Any) -> jax.Array:
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
-def _key(data: jax.Array) -> jax.Array:
-  return jax.random.wrap_key_data(data, impl="threefry2x32")
-
-
 def _place(array: jax.Array, leaf: Any) -> jax.Array:
   """Lays an array out as its parameter, if that is known by now."""
   if isinstance(leaf, jax.core.Tracer):
@@ -138,8 +134,14 @@ def _lay_out_freely(
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
+  # All small ones at once: each reduction takes its time to compile.
+  is_small = lambda g: g.size <= 1 << 16
+  small = [g.astype(jnp.float32).reshape(-1) for g in gradients if is_small(g)]
+  arrays = [g for g in gradients if not is_small(g)]
+  if small:
+    arrays.append(jnp.concatenate(small))
   # A maximum passes NaN on, and is faster on a CPU than a conjunction.
-  largest = [jnp.max(jnp.abs(g), initial=0) for g in gradients]
+  largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
   return jnp.all(jnp.isfinite(jnp.stack(largest)))
 
 
@@ -187,6 +189,20 @@ def _growth_scores(
   return scores
 
 
+def _neurons(mask: jax.Array, axes: Sequence[int]) -> tuple:
+  """The fan-in of each neuron and the factor of its gradient.
+
+  Args:
+    mask: Bools.
+    axes: The input axes.
+  """
+  active, inactive = _blocks.counts([mask, ~mask], axes)
+  # Were active all that is used, counting would be slow.
+  fan_in = active + jnp.minimum(inactive, 0)
+  scale = _correction.scale_from_fan_in(fan_in, range(fan_in.ndim))
+  return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
+
+
 # Compiled as a whole: outside of jit, init would compile one operation after
 # the other. Tracing init again, as a wrapper does, finds it done.
 @functools.partial(jax.jit, static_argnames="shapes")
@@ -194,19 +210,18 @@ def _random_masks(
   key_data: jax.Array, counts: jax.Array, shapes: tuple[tuple[int, ...], ...]
 ) -> list[jax.Array]:
   """One mask for each shape, with so many active weights."""
-  stacking = _stacking.Stacking(shapes)
-  everything = [
-    jnp.ones((len(group), *shapes[group[0]]), jnp.bool_)
-    for group in stacking.groups
-  ]
   # Else XLA would evaluate masks that do not depend on arguments, slowly.
-  key = _key(lax.optimization_barrier(key_data))
-  drawn = _selection.at_random(
-    everything,
-    jnp.stack(stacking.order(list(counts))),
-    _topology.random_words(key, len(shapes)),
-  )
-  return stacking.unstack(drawn)
+  key = lax.optimization_barrier(key_data)
+  words = _topology.random_words(key, jnp.uint32(0), len(shapes))
+
+  def draw(block: _blocks.Block) -> tuple[jax.Array, Sequence[jax.Array]]:
+    wanted = jnp.where(block.sizes() > 0, block.take_array(counts), 0)
+    mask = _selection.at_random(
+      block, block.is_layer(), wanted, block.take_array(words)
+    )
+    return mask, block.starts()
+
+  return _blocks.block_by_block(shapes, draw)
 
 
 @functools.partial(jax.jit, static_argnames="axes")
@@ -214,8 +229,7 @@ def _initial_state(
   mask: jax.Array, axes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Status, fan-in and scale of a layer with this mask."""
-  fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-  scale = _correction.scale_from_fan_in(fan_in, range(mask.ndim))
+  fan_in, scale = _neurons(mask, axes)
   status = jnp.where(mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
   return status, fan_in, scale
 
@@ -229,12 +243,6 @@ def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
   )
 
 
-def _new_fan_in(fan_in: jax.Array, new_mask: jax.Array) -> jax.Array:
-  axes = [a for a, size in enumerate(fan_in.shape) if a > 0 and size == 1]
-  active, _ = _selection.count([new_mask, ~new_mask], axes)
-  return active.reshape(fan_in.shape)
-
-
 def _update_masks(
   topology: _topology.SET | _topology.RigL,
   state: SparseOptState,
@@ -242,44 +250,65 @@ def _update_masks(
   params: Any,
 ) -> SparseOptState:
   """Drops and grows in every sparse layer, if all gradients are finite."""
-  status = sparse_only(state.status, state.status)
-  fan_in = sparse_only(state.status, state.fan_in)
-  kinds = [(s.shape, f.shape) for s, f in zip(status, fan_in, strict=True)]
-  stacking = _stacking.Stacking(kinds)
-  scores = _growth_scores(topology, state, gradients)
-
-  def change(stacks: tuple[list, list]) -> tuple[list, list]:
-    status, fan_in = stacks
-    nnz = [jnp.sum(f, axis=range(1, f.ndim)) for f in fan_in]
-    new_masks = _topology.update_masks(
-      [has_bits(s, ACTIVE) for s in status],
-      stacking.stack(sparse_only(state.status, params)),
-      None if scores is None else stacking.stack(scores),
-      topology.drop_counts(state.count, jnp.concatenate(nnz)),
-      jax.random.fold_in(_key(state.key), state.count),
-    )
-    return (
-      list(map(_new_status, status, new_masks)),
-      list(map(_new_fan_in, fan_in, new_masks)),
-    )
-
   finite = _all_finite(jax.tree.leaves((gradients, state.gradient_mean)))
-  stacks = (stacking.stack(status), stacking.stack(fan_in))
-  new_status, new_fan_in = once(finite, change, stacks)
-  new_scale = [
-    _correction.scale_from_fan_in(f, range(1, f.ndim)) for f in new_fan_in
-  ]
-
-  def updated(tree: Any, stacks: Sequence[jax.Array]) -> Any:
-    return _put_sparse(tree, state.status, stacking.unstack(stacks))
-
+  status = sparse_only(state.status, state.status)
+  weights = sparse_only(state.status, params)
+  scores = _growth_scores(topology, state, gradients)
   count = optax.safe_increment(state.count)
+  words = _topology.random_words(state.key, count, len(status))
+
+  def new_mask(
+    block: _blocks.Block,
+  ) -> tuple[jax.Array, Sequence[jax.Array]]:
+    # Padding is active, so it never grows, and NaN, so it is dropped last.
+    mask = has_bits(block.pack(status, ACTIVE), ACTIVE)
+
+    def change() -> jax.Array:
+      active, _ = block.count([mask, ~mask])
+      return _topology.update_masks(
+        block,
+        mask,
+        block.pack(weights, jnp.nan),
+        None if scores is None else block.pack(scores, 0.0),
+        topology.drop_counts(state.count, active - block.padding()),
+        block.take_array(words),
+      )
+
+    return lax.cond(
+      finite,
+      lambda: (change(), block.starts()),
+      lambda: (mask, block.starts()),
+    )
+
+  new_masks = _blocks.block_by_block([s.shape for s in status], new_mask)
+  new_status = [
+    jnp.where(finite, _new_status(old, mask), old)
+    for old, mask in zip(status, new_masks, strict=True)
+  ]
   return state._replace(
     updated_at=jnp.where(finite, count, state.updated_at),
     skipped=state.skipped + ~finite,
-    status=updated(state.status, new_status),
-    fan_in=updated(state.fan_in, new_fan_in),
-    scale=updated(state.scale, new_scale),
+    status=_put_sparse(state.status, state.status, new_status),
+  )
+
+
+def _update_neurons(state: SparseOptState) -> SparseOptState:
+  """Fan-ins and factors of new masks."""
+  rows = [
+    _neurons(
+      has_bits(status, ACTIVE),
+      [axis for axis, size in enumerate(fan_in.shape) if size == 1],
+    )
+    for status, fan_in in zip(
+      sparse_only(state.status, state.status),
+      sparse_only(state.status, state.fan_in),
+      strict=True,
+    )
+  ]
+  fan_in, scale = zip(*rows, strict=True)
+  return state._replace(
+    fan_in=_put_sparse(state.fan_in, state.status, fan_in),
+    scale=_put_sparse(state.scale, state.status, scale),
   )
 
 
@@ -319,6 +348,7 @@ def _advance(
     change = functools.partial(_update_masks, topology)
     update = lambda s: _lay_out_freely(change, s, gradients, params)
     state = once(due, update, state)
+    state = once(state.updated_at == count + 1, _update_neurons, state)
   return state._replace(count=optax.safe_increment(count))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
+from sparseopt_jax.training import tables
 from sparseopt_jax.training.errors import UsageError
 
 _HEADER = (
@@ -134,13 +135,7 @@ def table(groups: Sequence[Group], accuracy: float) -> str:
   """
   rows = [[name.format(accuracy) for name in _HEADER]]
   rows += [_row(each, accuracy) for each in groups]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-    ).rstrip()
-    for row in rows
-  )
+  return tables.aligned(rows)
 
 
 def _row(each: Group, accuracy: float) -> list[str]:

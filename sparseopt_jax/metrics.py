@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sparseopt_jax import _blocks
 from sparseopt_jax import _leaves
 from sparseopt_jax import _selection
 from sparseopt_jax import _transform
@@ -119,8 +120,8 @@ def sparsity_table(opt_state: optax.OptState) -> str:
     >>> opt_state = tx.init({'kernel': jnp.ones((8, 4))})
     >>> print(sparseopt_jax.sparsity_table(opt_state))
     layer   shape  active  sparsity  itop rate  dead neurons  corrected
-    kernel  8x4         8    0.7500     0.2500             1  yes
-    total               8    0.7500     0.2500             1
+    kernel  8x4         8    0.7500     0.2500             0  yes
+    total               8    0.7500     0.2500             0
   """
   state = _wrappers.find_state(opt_state)
   active = np.asarray(_weights_with(state, _transform.ACTIVE), np.int64)
@@ -183,8 +184,9 @@ def masks_checksum(opt_state: optax.OptState) -> jax.Array:
   masks = jax.tree.leaves(_wrappers.get_masks(opt_state))
   total = jnp.zeros([], jnp.uint32)
   for i, mask in enumerate(masks):
-    word = jnp.array([i, len(masks)], jnp.uint32)
-    weights = _selection.random_order(word, mask.shape)
+    words = (jnp.uint32(i), jnp.uint32(len(masks)))
+    position = _blocks.linear_index(mask.shape)
+    weights = _selection.random_order(words, position)
     total += jnp.sum(jnp.where(mask, weights, jnp.uint32(0)), dtype=jnp.uint32)
   return total
 

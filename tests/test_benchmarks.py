@@ -2,11 +2,30 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from sparseopt_jax.benchmarks import __main__ as command
 from sparseopt_jax.benchmarks import timing
+
+
+@pytest.fixture
+def no_cache():
+  folder = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield
+  jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _run(arguments, tmp_path, capsys):
+  output = tmp_path / "figures.json"
+  command.main([*arguments, "--output", str(output)])
+  printed = capsys.readouterr().out
+  figures = json.loads(output.read_text())
+  assert figures["jax"] in printed
+  assert all(name in printed for name in figures["rows"])
+  return figures["rows"]
 
 
 @pytest.mark.parametrize(
@@ -17,15 +36,36 @@ from sparseopt_jax.benchmarks import timing
     ["training-step", "--model", "resnet8", "--batch-size", "4"],
   ],
 )
-def test_commands_print_a_table_and_write_json(arguments, tmp_path, capsys):
-  output = tmp_path / "figures.json"
-  command.main([*arguments, "--repeats", "2", "--output", str(output)])
-  printed = capsys.readouterr().out
-  figures = json.loads(output.read_text())
-  assert list(figures["rows"]) == ["plain", "static", "SET", "RigL"]
-  assert figures["rows"]["plain"]["ratio"] == 1.0
-  assert figures["jax"] in printed
-  assert all(name in printed for name in figures["rows"])
+def test_steps(arguments, tmp_path, capsys):
+  rows = _run([*arguments, "--repeats", "2"], tmp_path, capsys)
+  assert list(rows) == ["plain", "static", "SET", "RigL"]
+  assert rows["plain"]["ratio"] == 1.0
+
+
+@pytest.mark.slow
+def test_first_call(tmp_path, capsys, no_cache):
+  arguments = ["compile", "--model", "resnet8", "--repeats", "1"]
+  rows = _run(arguments, tmp_path, capsys)
+  assert rows["RigL"]["ratio"] > rows["static"]["ratio"] > 0.5
+
+
+def test_first_call_refuses_a_cache():
+  with pytest.raises(ValueError, match="CACHE_DIR unset"):
+    command.main(["compile", "--model", "resnet8"])
+
+
+def test_memory(tmp_path, capsys):
+  rows = _run(["memory", "--model", "resnet8"], tmp_path, capsys)
+  assert rows["plain"]["state_bytes_a_parameter"] == 0
+  for name in ("static", "SET", "RigL"):
+    # A byte of status a weight, and per neuron fan-in and factor.
+    assert 1.0 <= rows[name]["state_bytes_a_parameter"] < 1.1
+
+
+def test_scaling(tmp_path, capsys):
+  arguments = ["scaling", "--sizes", "16000", "--repeats", "2"]
+  rows = _run(arguments, tmp_path, capsys)
+  assert list(rows) == ["2e+04 weights, 1 layers", "2e+04 weights, 8 layers"]
 
 
 def test_ratios_are_taken_round_by_round():

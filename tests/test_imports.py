@@ -12,7 +12,8 @@ import sparseopt_jax
 PACKAGE = pathlib.Path(sparseopt_jax.__file__).parent
 # From the bottom up; a module imports only from layers below its own.
 LAYERS = [
-  {"_correction", "_selection", "_distributions", "_stacking", "_leaves"},
+  {"_correction", "_distributions", "_blocks", "_leaves"},
+  {"_selection"},
   {"_topology", "_pruning"},
   {"_transform"},
   {"_wrappers"},

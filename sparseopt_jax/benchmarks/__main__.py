@@ -1,13 +1,16 @@
-"""`python -m sparseopt_jax.benchmarks optimizer | mask-update | training-step`.
+"""`python -m sparseopt_jax.benchmarks COMMAND`.
 
-Each prints a table of ratios to plain `optax.sgd` with momentum, measured in
-turn in the same process, and writes it as JSON where `--output` says.
+Each command prints a table, most of ratios to plain `optax.sgd` with momentum
+measured in turn in the same process, and writes it as JSON where `--output`
+says.
 """
 
 import argparse
 
 from sparseopt_jax import models
+from sparseopt_jax.benchmarks import compilation
 from sparseopt_jax.benchmarks import optimizer
+from sparseopt_jax.benchmarks import scaling
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
 
@@ -20,26 +23,45 @@ def parser() -> argparse.ArgumentParser:
     prog="python -m sparseopt_jax.benchmarks", description=__doc__
   )
   commands = top.add_subparsers(dest="command", required=True)
-  for name, model, text in (
-    ("optimizer", "resnet50", "the optimiser's step between mask updates"),
-    ("mask-update", "resnet50", "the optimiser's step with a mask update"),
-    ("training-step", "resnet20", "the whole step between mask updates"),
+  for name, text in (
+    ("optimizer", "the optimiser's step between mask updates"),
+    ("mask-update", "the optimiser's step with a mask update"),
+    ("compile", "the first call: trace, compile and run"),
+    ("memory", "bytes of the state and of the compiled program"),
+    ("scaling", "the mask update by number of weights and layers"),
+    ("training-step", "the whole step between mask updates"),
   ):
     command = commands.add_parser(name, help=text)
-    command.add_argument("--model", choices=models.NAMES, default=model)
     command.add_argument("--sparsity", type=float, default=0.9)
     command.add_argument("--repeats", type=int, default=15)
     command.add_argument("--output", help="write the figures here, as JSON")
-  command.add_argument("--batch-size", type=int, default=128)
-  command.add_argument("--image-size", type=int, default=32)
-  command.add_argument("--precision", default="float32")
+    if name == "scaling":
+      sizes = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
+      command.add_argument("--sizes", type=int, nargs="+", default=sizes)
+      command.add_argument(
+        "--topology", choices=["SET", "RigL"], default="RigL"
+      )
+    elif name == "training-step":
+      command.add_argument("--model", choices=models.NAMES, default="resnet20")
+      command.add_argument("--batch-size", type=int, default=128)
+      command.add_argument("--image-size", type=int, default=32)
+      command.add_argument("--precision", default="float32")
+    else:
+      command.add_argument(
+        "--model", choices=optimizer.TREES, default="resnet50"
+      )
   return top
 
 
 def main(arguments: list[str] | None = None) -> None:
   """Runs one benchmark."""
   args = parser().parse_args(arguments)
-  if args.command == "training-step":
+  name = f"{args.command}, {args.sparsity:.0%} sparse"
+  if args.command == "scaling":
+    name += f", {args.topology}"
+    rows = scaling.run(args.sizes, args.sparsity, args.repeats, args.topology)
+  elif args.command == "training-step":
+    name += f", {args.model}"
     rows = training_step.run(
       args.model,
       args.image_size,
@@ -49,10 +71,18 @@ def main(arguments: list[str] | None = None) -> None:
       args.precision,
     )
   else:
-    calls, every = (1, 1) if args.command == "mask-update" else (3, _NEVER)
-    rows = optimizer.run(args.model, args.sparsity, args.repeats, calls, every)
-  name = f"{args.command} of {args.model}, {args.sparsity:.0%} sparse"
+    name += f", {args.model}"
+    rows = _on_tree(args)
   timing.report(name, rows, args.output)
+
+
+def _on_tree(args: argparse.Namespace) -> dict[str, dict]:
+  if args.command == "compile":
+    return compilation.first_call(args.model, args.sparsity, args.repeats)
+  if args.command == "memory":
+    return compilation.memory(args.model, args.sparsity)
+  calls, every = (1, 1) if args.command == "mask-update" else (3, _NEVER)
+  return optimizer.run(args.model, args.sparsity, args.repeats, calls, every)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optimiser alone, on the parameter tree of ResNet-50."""
+"""The optimiser alone, on the parameters of a network."""
 
 from typing import Any
 
@@ -10,48 +10,83 @@ import sparseopt_jax
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import timing
 
+# Of 1 GB in float32.
+_TRANSFORMER = {
+  "embedding": (32_768, 1_024),
+  **{
+    f"layer_{i}/{name}": shape
+    for i in range(17)
+    for name, shape in {
+      "qkv": (1_024, 3_072),
+      "out": (1_024, 1_024),
+      "up": (1_024, 4_096),
+      "down": (4_096, 1_024),
+      "scale": (1_024,),
+    }.items()
+  },
+}
+TREES = (*models.NAMES, "transformer")
 
-def parameters(name: str) -> Any:
-  """Random parameters of a model of this package."""
+
+def _shapes(name: str) -> Any:
+  if name == "transformer":
+    make = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {path: make(shape) for path, shape in _TRANSFORMER.items()}
   model = models.create(name, 1_000)
   images = jnp.zeros((1, 32, 32, 3))
-  shapes = jax.eval_shape(
+  return jax.eval_shape(
     lambda: model.init(jax.random.key(0), images, train=False)["params"]
   )
+
+
+def problem(name: str) -> tuple[Any, Any]:
+  """Random parameters and gradients of a network."""
+  shapes = _shapes(name)
   leaves = jax.tree.leaves(shapes)
   treedef: Any = jax.tree.structure(shapes)
   keys = jax.random.split(jax.random.key(0), len(leaves))
-  return treedef.unflatten(
-    [
-      0.05 * jax.random.normal(key, leaf.shape)
-      for key, leaf in zip(keys, leaves, strict=True)
-    ]
-  )
+  draw = jax.jit(jax.random.normal, static_argnums=1)
+  pairs = list(zip(keys, leaves, strict=True))
+  params = [0.05 * draw(key, leaf.shape) for key, leaf in pairs]
+  gradients = [draw(jax.random.fold_in(k, 1), leaf.shape) for k, leaf in pairs]
+  return treedef.unflatten(params), treedef.unflatten(gradients)
 
 
-def compiled_step(
-  tx: optax.GradientTransformation, params: Any, gradients: Any
-) -> tuple[Any, Any]:
-  """A compiled step that donates (params, opt_state), and its first state."""
+def first_state(tx: optax.GradientTransformation, params: Any) -> tuple:
+  """Parameters and optimiser state, to be donated."""
+  opt_state = jax.jit(tx.init)(params)
+  params = jax.tree.map(jnp.copy, params)
+  if not isinstance(opt_state[0], optax.TraceState):
+    params = sparseopt_jax.apply_masks(params, opt_state)
+  return params, opt_state
+
+
+def lowered_step(
+  tx: optax.GradientTransformation, state: tuple, gradients: Any
+) -> Any:
+  """A step from and to (params, opt_state), which it takes over."""
 
   def step(state: tuple[Any, Any], gradients: Any) -> tuple[Any, Any]:
     params, opt_state = state
     updates, opt_state = tx.update(gradients, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  opt_state = jax.jit(tx.init)(params)
-  params = jax.tree.map(jnp.copy, params)
-  if not isinstance(opt_state[0], optax.TraceState):
-    params = sparseopt_jax.apply_masks(params, opt_state)
-  state = (params, opt_state)
-  program = jax.jit(step, donate_argnums=0).lower(state, gradients).compile()
+  return jax.jit(step, donate_argnums=0).lower(state, gradients)
+
+
+def compiled_step(
+  tx: optax.GradientTransformation, params: Any, gradients: Any
+) -> tuple[Any, Any]:
+  """A compiled step of the state alone, and its first state."""
+  state = first_state(tx, params)
+  program = lowered_step(tx, state, gradients).compile()
   return lambda state: program(state, gradients), state
 
 
 def run(
   model: str, sparsity: float, repeats: int, calls: int, update_every: int
 ) -> dict[str, dict]:
-  """Ratios of CPU time on a CPU, of wall time elsewhere, to plain SGD.
+  """Ratios to plain SGD, and to copying the parameters once.
 
   Args:
     model: Whose parameters to optimise.
@@ -60,13 +95,10 @@ def run(
     calls: Calls in a round.
     update_every: 1 times the mask update; a large number the normal step.
   """
-  params = parameters(model)
-  gradients = jax.tree.map(
-    lambda p: jax.random.normal(jax.random.key(1), p.shape), params
-  )
+  params, gradients = problem(model)
   steps, states = {}, {}
   for name, tx in timing.optimizers(0.1, sparsity, update_every).items():
     steps[name], states[name] = compiled_step(tx, params, gradients)
   times = timing.interleave(steps, states, repeats=repeats, calls=calls)
-  clock = "cpu" if jax.default_backend() == "cpu" else "wall"
-  return timing.ratios(times, "plain", clock)
+  rows = timing.ratios(times, "plain", timing.clock())
+  return timing.with_roofline(rows, params)

@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 import numpy as np
 
 _TRAIN, _TEST, _THIRD = "#9aa5b1", "#1f5fa8", "#c8553d"
-_STYLE: Any = {
+STYLE: Any = {
   "axes.grid": True,
   "axes.spines.right": False,
   "axes.spines.top": False,
@@ -43,7 +43,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> bytes:
   Returns:
     A PNG image.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     epochs = series(lines, "epoch")
@@ -53,7 +53,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> bytes:
     _skew(axes[1, 1], epochs, lines)
     for axis in axes[1]:
       axis.set_xlabel("epoch")
-    return _png(figure)
+    return png(figure)
 
 
 def _loss(axis: Axes, epochs: list[float], lines: Sequence[dict]) -> None:
@@ -129,7 +129,7 @@ def comparison(
   Returns:
     A PNG image.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     for index, (label, (epochs, runs)) in enumerate(groups.items()):
@@ -147,7 +147,7 @@ def comparison(
     right.set_xlim(-0.5, len(groups) - 0.5)
     for axis in (left, right):
       axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    return _png(figure)
+    return png(figure)
 
 
 def _band(
@@ -159,7 +159,8 @@ def _band(
   )
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+  """A figure as a file."""
   image = io.BytesIO()
   figure.savefig(image, dpi=130)
   return image.getvalue()

@@ -1,0 +1,82 @@
+"""The first call of the optimiser's step, and the memory of its program."""
+
+import functools
+import resource
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from sparseopt_jax.benchmarks import optimizer
+from sparseopt_jax.benchmarks import timing
+
+
+def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
+  """Ratios of tracing, compiling and running once, to plain SGD.
+
+  Every repeat starts from functions that JAX has not seen. Without a persistent
+  compilation cache, so JAX_COMPILATION_CACHE_DIR must not be set.
+
+  Args:
+    model: Whose parameters to optimise.
+    sparsity: Fraction of zeros.
+    repeats: Rounds of measurement.
+  """
+  config: Any = jax.config
+  if config.jax_compilation_cache_dir:
+    raise ValueError(
+      "compile times need JAX_COMPILATION_CACHE_DIR unset; got "
+      f"{config.jax_compilation_cache_dir!r}."
+    )
+  params, gradients = optimizer.problem(model)
+  rounds: dict[str, list] = {}
+  for _ in range(repeats):
+    for name, tx in timing.optimizers(0.1, sparsity, 1).items():
+      wall, cpu = time.perf_counter(), time.process_time()
+      state = optimizer.first_state(tx, params)
+      init_cpu = time.process_time() - cpu
+      wall, cpu = time.perf_counter(), time.process_time()
+      program = optimizer.lowered_step(tx, state, gradients).compile()
+      jax.block_until_ready(program(state, gradients))
+      elapsed = (time.perf_counter() - wall, time.process_time() - cpu)
+      rounds.setdefault(name, []).append((*elapsed, init_cpu))
+  columns = {name: np.array(row).T for name, row in rounds.items()}
+  times = {name: timing.Times(c[0], c[1]) for name, c in columns.items()}
+  rows = timing.ratios(times, "plain", timing.clock())
+  for name, column in columns.items():
+    rows[name]["init_milliseconds"] = 1e3 * float(np.median(column[2]))
+  return rows
+
+
+def memory(model: str, sparsity: float) -> dict[str, dict]:
+  """Bytes a parameter: the state beyond plain SGD's, and the program's own.
+
+  Args:
+    model: Whose parameters to optimise.
+    sparsity: Fraction of zeros.
+  """
+  params, gradients = optimizer.problem(model)
+  size = sum(leaf.size for leaf in jax.tree.leaves(params))
+  rows: dict[str, dict[str, Any]] = {}
+  for name, tx in timing.optimizers(0.1, sparsity, 1).items():
+    first_state = functools.partial(optimizer.first_state, tx)
+    state = jax.eval_shape(first_state, params)
+    program = optimizer.lowered_step(tx, state, gradients).compile()
+    analysis: Any = program.memory_analysis()
+    rows[name] = {
+      "state_bytes_a_parameter": _num_bytes(state[1]) / size,
+      "temporary_bytes_a_parameter": analysis.temp_size_in_bytes / size,
+    }
+  plain = rows["plain"]["state_bytes_a_parameter"]
+  for row in rows.values():
+    row["state_bytes_a_parameter"] -= plain
+  # Kilobytes on Linux.
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+  rows["process"] = {"peak_gigabytes": peak}
+  return rows
+
+
+def _num_bytes(tree: optax.OptState) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

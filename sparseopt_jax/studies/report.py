@@ -1,0 +1,58 @@
+"""What every study leaves: raw results as JSON, a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+import pathlib
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from sparseopt_jax.training import plots
+from sparseopt_jax.training import records
+from sparseopt_jax.training import telling
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+  """The mean, and half the width of its 95 % confidence interval.
+
+  Args:
+    values: Independent, say one a seed.
+
+  Returns:
+    By Student's t distribution; the second is NaN for a single value.
+  """
+  mean = statistics.fmean(values)
+  if len(values) < 2:
+    return mean, math.nan
+  error = statistics.stdev(values) / math.sqrt(len(values))
+  return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
+
+
+def save(
+  folder: pathlib.Path,
+  name: str,
+  command: str,
+  raw: dict[str, Any],
+  table: str,
+  figure: Figure,
+) -> None:
+  """Writes NAME.json, NAME.txt and NAME.png, and prints the table.
+
+  Args:
+    folder: Made if it is not there.
+    name: The study.
+    command: What was run.
+    raw: The results; versions and device are added.
+    table: For people.
+    figure: Made within `matplotlib.rc_context(plots.STYLE)`.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  content = {"command": command, **telling.surroundings(), **raw}
+  records.write_json(folder / f"{name}.json", content)
+  records.write_bytes(folder / f"{name}.txt", f"{table}\n".encode())
+  records.write_bytes(folder / f"{name}.png", plots.png(figure))
+  print(f"{table}\n{folder / name}.json, .txt, .png")

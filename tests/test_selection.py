@@ -1,0 +1,219 @@
+"""The exact selection against a stable sort, for every kind of float."""
+
+import functools
+import math
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import oracle
+import pytest
+
+from sparseopt_jax import _blocks
+from sparseopt_jax import _selection
+
+SHAPES = [(3, 2, 4), (1,), (5, 7), (2, 2, 3, 5)]
+DTYPES = ["float32", "bfloat16", "float16"]
+WORDS = np.array([[3, 5], [7, 11], [13, 17], [19, 23]], np.uint32)
+# Ties, both zeros, the ends of each range, infinities, NaN.
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0, 2.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8]
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def select(name, layers, eligible, n, words):
+  """A selection over all layers, in whatever blocks they come."""
+
+  def function(block):
+    wanted = jnp.where(block.sizes() > 0, block.take_array(n), 0)
+    allowed = block.pack(eligible, 0) & block.is_layer()
+    words_here = block.take_array(words)
+    if name == "at_random":
+      chosen = _selection.at_random(block, allowed, wanted, words_here)
+    else:
+      values = block.pack(layers, 0.0)
+      extra = (words_here,) if name == "largest" else ()
+      select = getattr(_selection, name)
+      chosen = select(block, values, allowed, wanted, *extra)
+    return chosen, block.starts()
+
+  return _blocks.block_by_block([layer.shape for layer in layers], function)
+
+
+def _layers(seed, dtype, shapes=SHAPES):
+  """Few values, so that ties abound, and special ones among them."""
+  rng = np.random.default_rng(seed)
+  special = np.array([*SPECIAL, *rng.normal(size=8)])
+  with np.errstate(over="ignore"):
+    return [rng.choice(special, shape).astype(dtype) for shape in shapes]
+
+
+def _eligible(seed, shapes=SHAPES):
+  rng = np.random.default_rng(seed)
+  return [rng.random(shape) < rng.choice([0.3, 0.9]) for shape in shapes]
+
+
+def _assert_largest(chosen, values, eligible, n):
+  """Random among zeros only, and as many as are left for them."""
+  magnitude = np.abs(np.asarray(values).astype(np.float64))
+  nonzero = eligible & (magnitude > 0)
+  sure = min(n, int(nonzero.sum()))
+  zeros = eligible & (magnitude == 0)
+  if n <= nonzero.sum():
+    np.testing.assert_array_equal(chosen, oracle.largest(magnitude, n, nonzero))
+    return
+  # NaN comes after the zeros.
+  numbers = nonzero & ~np.isnan(magnitude)
+  from_zeros = min(n - int(numbers.sum()), int(zeros.sum()))
+  assert chosen[numbers].all()
+  assert (chosen & zeros).sum() == from_zeros
+  assert sure <= chosen.sum() == n
+
+
+def _check(dtype, seed, fraction, run=select):
+  layers, eligible = _layers(seed, dtype), _eligible(seed + 1)
+  n = np.array([math.floor(fraction * e.sum()) for e in eligible], np.int32)
+  got = {
+    name: [
+      np.asarray(x) for x in run(name, layers, eligible, n, jnp.array(WORDS))
+    ]
+    for name in ("smallest", "largest", "at_random")
+  }
+  for i, (values, allowed) in enumerate(zip(layers, eligible, strict=True)):
+    drop = oracle.drop(values, allowed, n[i])
+    np.testing.assert_array_equal(got["smallest"][i], drop)
+    _assert_largest(got["largest"][i], values, allowed, n[i])
+    assert (got["at_random"][i] <= allowed).all()
+    assert got["at_random"][i].sum() == n[i]
+  return got
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stable_sort(dtype, fraction):
+  for seed in range(4):
+    _check(jnp.dtype(dtype), seed, fraction)
+
+
+def test_float64():
+  with jax.enable_x64(True):
+    for fraction in (0.0, 0.4, 1.0):
+      _check(np.float64, 0, fraction)
+    # Equal in float32.
+    close = np.array([[1 + 2**-40, 1.0, 1 + 2**-30]])
+    chosen = select(
+      "smallest",
+      [close],
+      [np.ones((1, 3), bool)],
+      np.array([2], np.int32),
+      jnp.array(WORDS),
+    )
+    np.testing.assert_array_equal(chosen[0], [[True, True, False]])
+
+
+@pytest.mark.parametrize("large", [0, 2, 24, 10**6])
+def test_blocks_of_any_size_select_the_same(large, monkeypatch):
+  expected = _check(np.float32, 7, 0.5)
+  monkeypatch.setattr(_blocks, "_LARGE", large)
+  monkeypatch.setattr(_blocks, "_ROW", 4)
+  got = _check(
+    np.float32, 7, 0.5, jax.jit(select.__wrapped__, static_argnums=0)
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_a_layer_over_many_rows():
+  rng = np.random.default_rng(0)
+  shapes = [(130, 97), (64, 128)]
+  layers = [rng.normal(size=s).astype(np.float32) for s in shapes]
+  layers[0][rng.random(shapes[0]) < 0.5] = 0.25
+  eligible = [np.ones(s, bool) for s in shapes]
+  n = np.array([5_000, 100], np.int32)
+  got = select("smallest", layers, eligible, n, jnp.array(WORDS[:2]))
+  for chosen, values, allowed, k in zip(got, layers, eligible, n, strict=True):
+    order = np.argsort(np.abs(values).ravel(), kind="stable")
+    expected = np.zeros(values.size, bool)
+    expected[order[:k]] = True
+    np.testing.assert_array_equal(np.ravel(chosen), expected)
+    assert allowed.all()
+
+
+def test_vmap():
+  layers, eligible = _layers(3, np.float32), _eligible(4)
+  n = np.array([e.sum() // 2 for e in eligible], np.int32)
+  words = np.stack([WORDS, WORDS + 1])
+  for name in ("largest", "at_random"):
+    run = functools.partial(select, name)
+    several = jax.vmap(run, (None, None, None, 0))(layers, eligible, n, words)
+    for i in range(2):
+      one = run(layers, eligible, n, words[i])
+      for a, b in zip(several, one, strict=True):
+        np.testing.assert_array_equal(a[i], b)
+
+
+@pytest.mark.parametrize("large", [1, 10**6])
+def test_sharded(large, monkeypatch):
+  """Alone with its axes and packed with others."""
+  monkeypatch.setattr(_blocks, "_LARGE", large)
+  rng = np.random.default_rng(0)
+  layer = rng.integers(-9, 10, (16, 24)).astype(np.float32)
+  layers, eligible = [layer, layer[:4]], [layer != 3, layer[:4] != 2]
+  n = np.array([100, 20], np.int32)
+  words = jnp.array(WORDS[:2])
+  mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+  for name in ("smallest", "largest", "at_random"):
+    run = jax.jit(functools.partial(select.__wrapped__, name))
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "x")))
+    there = run([place(x) for x in layers], eligible, n, words)
+    here = run(layers, eligible, n, words)
+    for a, b in zip(there, here, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_random_choices_are_even_and_differ():
+  """Each of 24 weights is drawn about as often, and so is each pair."""
+  eligible = [np.ones((4, 6), bool)]
+  n = np.array([6], np.int32)
+  words = np.random.default_rng(0).integers(0, 2**32, (4000, 1, 2), np.uint32)
+  run = functools.partial(select, "at_random", eligible, eligible, n)
+  drawn = np.asarray(jax.vmap(run)(jnp.array(words))[0]).reshape(4000, 24)
+  together = drawn.astype(float).T @ drawn
+  alone = np.diag(together) / 4000
+  pairs = together[~np.eye(24, dtype=bool)] / 4000
+  deviation = lambda p: 4.5 * math.sqrt(p * (1 - p) / 4000)
+  assert np.abs(alone - 6 / 24).max() < deviation(6 / 24)
+  both = 6 / 24 * 5 / 23
+  assert np.abs(pairs - both).max() < deviation(both)
+
+
+def test_random_order_is_a_bijection():
+  position = jnp.arange(1 << 16, dtype=jnp.uint32)
+  words = (jnp.uint32(1), jnp.uint32(2))
+  order = np.asarray(_selection.random_order(words, position))
+  assert len(np.unique(order)) == len(order)
+  assert order.max() < 2**31
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+  st.lists(
+    st.one_of(st.sampled_from(SPECIAL), st.floats(width=32)),
+    min_size=12,
+    max_size=12,
+  ),
+  st.lists(st.booleans(), min_size=12, max_size=12),
+  st.floats(0, 1),
+)
+def test_whatever_hypothesis_thinks_of(values, eligible, fraction):
+  values = np.array(values, np.float32).reshape(3, 4)
+  eligible = np.array(eligible).reshape(3, 4)
+  n = math.floor(fraction * eligible.sum())
+  arguments = ([values], [eligible], np.array([n], np.int32))
+  words = jnp.array(WORDS[:1])
+  smallest = np.asarray(select("smallest", *arguments, words)[0])
+  np.testing.assert_array_equal(smallest, oracle.drop(values, eligible, n))
+  largest = np.asarray(select("largest", *arguments, words)[0])
+  _assert_largest(largest, values, eligible, n)
