@@ -21,6 +21,7 @@ from sparseopt_jax.training import records
 from sparseopt_jax.training import tables
 from sparseopt_jax.training.errors import UsageError
 
+_FIGURES = ("epoch", "test_accuracy", "itop_rate", "seconds")
 _HEADER = (
   "group",
   "seeds",
@@ -93,7 +94,17 @@ def read(path: pathlib.Path) -> Run:
   lines = records.read_lines(metrics) if metrics.is_file() else []
   if not lines:
     raise UsageError(f"{path} holds no evaluation yet")
+  for line in lines:
+    missing = [name for name in _FIGURES if not _is_number(line.get(name))]
+    if missing:
+      raise UsageError(
+        f"{metrics}: step {line['step']} has no {' and no '.join(missing)}"
+      )
   return Run(flags, lines)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float)
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -195,6 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.accuracy is not None and not 0 < args.accuracy <= 1:
       raise UsageError(f"--accuracy must be in (0, 1], got {args.accuracy}")
+    if args.out.is_dir():
+      raise UsageError(f"--out {args.out} is a folder")
     if not args.out.parent.is_dir():
       raise UsageError(
         f"--out {args.out}: there is no folder {args.out.parent}"

@@ -23,8 +23,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     values: Independent, say one a seed.
 
   Returns:
-    By Student's t distribution; the second is NaN for a single value.
+    By Student's t distribution; the second is NaN for a single value, and both
+    are if any value is.
   """
+  if any(map(math.isnan, values)):
+    return math.nan, math.nan
   mean = statistics.fmean(values)
   if len(values) < 2:
     return mean, math.nan

@@ -1,0 +1,194 @@
+"""What the studies on Fashion-MNIST train: names, flags, learning rates."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+import re
+import statistics
+from typing import Any
+
+from sparseopt_jax import compare
+from sparseopt_jax.training import cli
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
+
+# Seeds of the runs that choose the learning rate; no result uses them.
+TUNING_SEEDS = (1_000, 1_001)
+# What is trained to choose it.
+TUNED_ON = "rigl-95"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to train.
+
+  Attributes:
+    label: For tables and figures.
+    correction: `Config.correction`.
+    grow_from: `Config.grow_from`.
+  """
+
+  label: str
+  correction: Any
+  grow_from: Any = "raw"
+
+
+BASELINE = Arm("baseline", "off")
+SPARSEOPT = Arm("SparseOpt", "on")
+CORRECTED_GROWTH = Arm("SparseOpt, corrected growth", "on", "corrected")
+
+
+def parse_condition(text: str) -> dict[str, Any]:
+  """'rigl-95' and the like as fields of `Config`.
+
+  Raises:
+    UsageError: It is not of that form.
+  """
+  match = re.fullmatch(r"(rigl|set|static)-(\d\d)", text)
+  if match is None:
+    raise UsageError(
+      f"--conditions must be such as rigl-90, set-95 or static-97, got {text!r}"
+    )
+  return {"topology": match[1], "sparsity": int(match[2]) / 100}
+
+
+def config(
+  args: argparse.Namespace,
+  condition: str,
+  arm: Arm,
+  epochs: int,
+  learning_rate: float,
+  seed: int,
+) -> Config:
+  """One run; condition 'dense' is training without masks."""
+  what: dict[str, Any] = {"topology": "dense"}
+  if condition != "dense":
+    what = parse_condition(condition)
+    what |= {"correction": arm.correction, "grow_from": arm.grow_from}
+  return Config(
+    dataset="fashion_mnist",
+    data_dir=args.data_dir,
+    model=args.model,
+    width=args.width,
+    batch_size=128,
+    update_every=100,
+    epochs=epochs,
+    learning_rate=learning_rate,
+    seed=seed,
+    **what,
+  )
+
+
+def name(config: Config) -> str:
+  """The folder of a run."""
+  words: list[str] = [config.topology]
+  if config.topology != "dense":
+    words += [f"{config.sparsity * 100:.0f}", config.correction]
+  if config.grow_from != "raw":
+    words.append(config.grow_from)
+  words += [
+    f"{config.epochs}epochs",
+    f"lr{config.learning_rate:g}",
+    f"seed{config.seed}",
+  ]
+  return "-".join(words)
+
+
+def tuning(args: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Config]:
+  """The runs that choose the learning rate: the same ones for each arm."""
+  found = [
+    config(args, TUNED_ON, arm, args.tuning_epochs, rate, seed)
+    for arm in arms
+    for rate in args.learning_rates
+    for seed in TUNING_SEEDS
+  ]
+  return {name(each): each for each in found}
+
+
+def accuracies_by_rate(
+  args: argparse.Namespace, arm: Arm, runs: dict[str, compare.Run]
+) -> dict[float, float]:
+  """Mean final test accuracy of the tuning runs, by learning rate."""
+  found = {}
+  for rate in args.learning_rates:
+    names = [
+      name(config(args, TUNED_ON, arm, args.tuning_epochs, rate, seed))
+      for seed in TUNING_SEEDS
+    ]
+    if all(each in runs for each in names):
+      final = [runs[each].lines[-1]["test_accuracy"] for each in names]
+      found[rate] = statistics.fmean(final)
+  return found
+
+
+def chosen_rates(
+  args: argparse.Namespace, arms: Sequence[Arm], runs: dict[str, compare.Run]
+) -> dict[str, float]:
+  """The learning rate of highest accuracy, by arm.
+
+  Raises:
+    UsageError: Not all of them have been tried yet.
+  """
+  rates = {}
+  for arm in arms:
+    found = accuracies_by_rate(args, arm, runs)
+    if len(found) < len(args.learning_rates):
+      raise UsageError(
+        f"--out {args.out}: the runs that choose the learning rate are not all "
+        "there; leave out --report to train them"
+      )
+    rates[arm.label] = max(found, key=lambda rate: found[rate])
+  return rates
+
+
+def parser(study: str, description: str) -> cli.Parser:
+  """The flags that the studies of trained networks share."""
+  found = cli.Parser(
+    prog=f"python -m sparseopt_jax.studies {study}", description=description
+  )
+  found.add_argument("--data-dir", help="folder of the prepared data sets")
+  found.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=pathlib.Path("runs/studies"),
+    help="folder of the runs and results (default: %(default)s)",
+  )
+  found.add_argument("--model", default="resnet8", help="(default: resnet8)")
+  found.add_argument(
+    "--width", type=int, default=8, help="channels of the first stage [8]"
+  )
+  found.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... [5]")
+  found.add_argument(
+    "--learning-rates",
+    type=float,
+    nargs="+",
+    default=[0.05, 0.1, 0.2, 0.4],
+    help="of which the best is taken, for each arm by itself",
+  )
+  found.add_argument(
+    "--tuning-epochs", type=int, default=2, help="of the runs that choose [2]"
+  )
+  found.add_argument(
+    "--jobs", type=int, default=1, help="runs to train at a time [1]"
+  )
+  found.add_argument(
+    "--report", action="store_true", help="train nothing; report what is there"
+  )
+  return found
+
+
+def check(args: argparse.Namespace) -> None:
+  """Raises UsageError for a flag out of its range."""
+  for flag in ("seeds", "jobs", "tuning_epochs"):
+    if getattr(args, flag) < 1:
+      raise UsageError(
+        f"--{flag.replace('_', '-')} must be at least 1, got "
+        f"{getattr(args, flag)}"
+      )
+  for condition in args.conditions:
+    parse_condition(condition)
+  for rate in args.learning_rates:
+    config(args, TUNED_ON, BASELINE, 2, rate, 0)

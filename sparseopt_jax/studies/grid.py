@@ -1,0 +1,179 @@
+"""Many runs of the trainer, each in a folder of its own, a few at a time.
+
+A run that is done is never done again, one that was stopped goes on from its
+last checkpoint, and the order does not matter: the folders are all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import traceback
+from typing import Any
+
+from sparseopt_jax import compare
+from sparseopt_jax.training import folder as folder_lib
+from sparseopt_jax.training import signals
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import RunError
+
+_FIRST = concurrent.futures.FIRST_COMPLETED
+_NOT_SHOWN = ("workdir", "resume", "keep_checkpoints", "data_dir")
+_stopped = False
+
+
+def run(
+  cells: Mapping[str, Config], folder: pathlib.Path, jobs: int
+) -> dict[str, compare.Run]:
+  """Trains what is not there yet.
+
+  Args:
+    cells: {name of the folder: what to train in it}.
+    folder: Of all the runs.
+    jobs: How many to train at a time, each in a process of its own; 0 trains
+      none.
+
+  Returns:
+    The runs that are complete, by name.
+
+  Raises:
+    UsageError: A folder holds a run of other flags.
+    RunError: A run failed.
+    signals.Interrupted: A signal came; the same command goes on from there.
+  """
+  open_cells = {
+    name: _placed(config, folder / name)
+    for name, config in cells.items()
+    if not is_complete(config, folder / name)
+  }
+  if open_cells and jobs:
+    print(f"{len(cells) - len(open_cells)} of {len(cells)} runs are there")
+    _train_all(open_cells, jobs)
+  return collect(cells, folder)
+
+
+def collect(
+  cells: Mapping[str, Config], folder: pathlib.Path
+) -> dict[str, compare.Run]:
+  """The runs that are complete, by name."""
+  return {
+    name: compare.read(folder / name)
+    for name, config in cells.items()
+    if is_complete(config, folder / name)
+  }
+
+
+def is_complete(config: Config, path: pathlib.Path) -> bool:
+  """Whether a folder holds the end of this run.
+
+  Raises:
+    UsageError: It holds a run of other flags.
+  """
+  if not (path / folder_lib.SUMMARY).is_file():
+    return False
+  with folder_lib.prepared(_placed(config, path)):
+    return True
+
+
+def _placed(config: Config, path: pathlib.Path) -> Config:
+  return dataclasses.replace(
+    config, workdir=str(path), resume=True, keep_checkpoints=1
+  )
+
+
+def _train_all(cells: Mapping[str, Config], jobs: int) -> None:
+  # Several processes share an accelerator only if none takes all its memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  # In sessions of their own, so that a signal reaches each worker once.
+  pool = concurrent.futures.ProcessPoolExecutor(
+    jobs, multiprocessing.get_context("spawn"), os.setsid
+  )
+  with signals.StopRequest() as stop, pool:
+    names = {pool.submit(_train, cell): name for name, cell in cells.items()}
+    failed = _wait_for(names, stop)
+  if stop.number:
+    raise signals.Interrupted(stop.number)
+  if failed:
+    raise RunError(f"{len(failed)} runs failed: {', '.join(failed)}")
+
+
+def _wait_for(
+  names: Mapping[concurrent.futures.Future, str], stop: signals.StopRequest
+) -> list[str]:
+  """Says how each run ends; passes a signal on. Returns the failed ones."""
+  pending, failed, told = set(names), [], False
+  while pending:
+    done, pending = concurrent.futures.wait(pending, 0.5, _FIRST)
+    for future in done:
+      if future.exception():
+        failed.append(names[future])
+      line = future.exception() or future.result()
+      count = len(names) - len(pending)
+      print(f"[{count}/{len(names)}] {names[future]}: {line}", flush=True)
+    if stop.number and not told:
+      told = True
+      for worker in multiprocessing.active_children():
+        worker.terminate()
+  return failed
+
+
+def _train(config: Config) -> str:
+  """In a worker: trains one run, unless a signal has come."""
+  global _stopped
+  if _stopped:
+    return "not begun"
+  from sparseopt_jax import train
+
+  assert config.workdir is not None
+  path = pathlib.Path(config.workdir)
+  log = path.with_name(f"{path.name}.log")
+  log.parent.mkdir(parents=True, exist_ok=True)
+  with (
+    log.open("a") as file,
+    contextlib.redirect_stdout(file),
+    contextlib.redirect_stderr(file),
+    signals.StopRequest() as stop,
+  ):
+    try:
+      summary = train.train(config, stop, _command(config))
+    except signals.Interrupted as end:
+      _stopped = True
+      return str(end)
+    except Exception:
+      traceback.print_exc()
+      raise
+  return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
+
+
+def _command(config: Config) -> str:
+  """The command that trains this run alone."""
+  return f"python -m sparseopt_jax.train {' '.join(flags(config))}"
+
+
+def flags(config: Config) -> list[str]:
+  """The flags by which a run differs from the trainer's defaults."""
+  words: list[str] = []
+  default = Config()
+  for field in dataclasses.fields(Config):
+    value = getattr(config, field.name)
+    if value == getattr(default, field.name) or field.name in _NOT_SHOWN:
+      continue
+    name = "--" + field.name.replace("_", "-")
+    if isinstance(value, bool):
+      words.append(name)
+    elif isinstance(value, tuple):
+      words += [name, *map(str, value)]
+    else:
+      words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+  return words
+
+
+def read_summary(folder: pathlib.Path) -> dict[str, Any]:
+  """What a complete run says about itself."""
+  return json.loads((folder / folder_lib.SUMMARY).read_text())
