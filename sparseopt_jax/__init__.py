@@ -8,10 +8,10 @@ from sparseopt_jax._distributions import uniform
 from sparseopt_jax._ham import HamState
 from sparseopt_jax._ham import ham
 from sparseopt_jax._pruning import magnitude_masks
+from sparseopt_jax._state import SparseOptState
 from sparseopt_jax._topology import SET
 from sparseopt_jax._topology import RigL
 from sparseopt_jax._topology import Static
-from sparseopt_jax._transform import SparseOptState
 from sparseopt_jax._transform import sparseopt
 from sparseopt_jax._wrappers import apply_masks
 from sparseopt_jax._wrappers import get_masks

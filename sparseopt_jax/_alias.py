@@ -74,7 +74,8 @@ def sparseopt_sgd(
 
   Raises:
     TypeError: If an argument has the wrong type.
-    ValueError: If an argument lies outside its range, or no leaf can be sparse.
+    ValueError: If an argument lies outside its range, no leaf can be sparse, or
+      ``corrected`` is given, is not ``False``, and chooses no sparse leaf.
 
   Examples:
 

@@ -18,17 +18,25 @@ with length 1 on every axis that is not a neuron axis, so that they broadcast.
 
 from collections.abc import Sequence
 import math
+import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Axes = int | tuple[int, ...]
+
+
+def is_int(value: Any) -> bool:
+  """Whether it is a Python or NumPy integer, and not a bool."""
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_axes(output_axis: Axes) -> tuple[int, ...]:
   """The neuron axes as a tuple."""
   named = output_axis if isinstance(output_axis, tuple) else (output_axis,)
-  if not named or not all(type(axis) is int for axis in named):
+  if not named or not all(map(is_int, named)):
     raise TypeError(
       f"output_axis must be an int or a tuple of ints; got {output_axis!r}."
     )
@@ -44,6 +52,11 @@ def input_axes(ndim: int, output_axis: Axes) -> tuple[int, ...]:
       f"{output_axis!r}."
     )
   outputs = {axis % ndim for axis in named}
+  if len(outputs) < len(named):
+    raise ValueError(
+      f"output_axis must name each axis once; got {output_axis!r} for an "
+      f"array with {ndim} axes."
+    )
   return tuple(axis for axis in range(ndim) if axis not in outputs)
 
 
@@ -52,16 +65,25 @@ def scale_from_fan_in(fan_in: jax.Array, axes: Sequence[int]) -> jax.Array:
 
   Counts stay integers until the last step: equal fan-ins give exactly 1.
   """
-  nnz = jnp.sum(fan_in, axis=axes, keepdims=True)
+  nnz = jnp.sum(fan_in, axis=axes, keepdims=True, dtype=fan_in.dtype)
   share = fan_in * math.prod(fan_in.shape[axis] for axis in axes)
   ratio = share.astype(jnp.float32) / jnp.maximum(nnz, 1).astype(jnp.float32)
   # Division is not correctly rounded on every accelerator.
   return jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
 
 
+def wide_dtype(dtype: Any) -> np.dtype:
+  """The dtype of floats itself, or float32 if that is wider.
+
+  By NumPy's promotion, since JAX's refuses this where it is set to "strict".
+  """
+  return np.promote_types(dtype, np.float32)
+
+
 def rescale(gradient: jax.Array, scale: jax.Array) -> jax.Array:
   """Multiplies in float32 or wider; returns the gradient's own dtype."""
-  return (gradient * scale).astype(gradient.dtype)
+  wide = wide_dtype(gradient.dtype)
+  return (gradient.astype(wide) * scale.astype(wide)).astype(gradient.dtype)
 
 
 def _check_mask(mask: jax.Array) -> jax.Array:
@@ -85,11 +107,12 @@ def neuron_sparsity(mask: jax.Array, output_axis: Axes = -1) -> jax.Array:
       and ``Conv``, 0 for Equinox.
 
   Returns:
-    float32 in [0, 1], in the shape of the neuron axes: ``(n_out,)`` for one.
+    float32 in [0, 1], in the shape of the neuron axes in ascending order:
+    ``(n_out,)`` for one.
 
   Raises:
     TypeError: If the mask is not of bools, or the axis not an int.
-    ValueError: If the mask has no such axis.
+    ValueError: If the mask has no such axis, or an axis is named twice.
 
   Examples:
 
@@ -122,8 +145,9 @@ def correct(
   (:func:`sparseopt_jax.neuron_sparsity`) and :math:`s_{avg}` its mean over the
   neurons. :math:`D` scales all incoming weights of a neuron alike.
 
-  Equal fan-ins, a mask of ones among them, give the gradient back bit for bit.
-  A layer without any active weight gives zeros.
+  Equal fan-ins, a mask of ones among them, give the gradient back bit for bit
+  (but for denormals, which XLA on a CPU takes for 0). A layer without any
+  active weight gives zeros.
 
   Args:
     gradient: The gradient with respect to the weights of one layer.
@@ -137,7 +161,8 @@ def correct(
 
   Raises:
     TypeError: If the mask is not of bools, or the axis not an int.
-    ValueError: If shapes differ or the mask has no such axis.
+    ValueError: If shapes differ, the mask has no such axis, or an axis is named
+      twice.
 
   Examples:
 

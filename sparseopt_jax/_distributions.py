@@ -113,6 +113,10 @@ def active_counts(
 ) -> dict[str, int]:
   """The number of active weights of each layer, at least one."""
   densities = resolve(distribution)(shapes, sparsity)
+  if not isinstance(densities, Mapping):
+    raise TypeError(
+      f"distribution must return {{path: density}}; got {densities!r}."
+    )
   if set(densities) != set(shapes):
     odd = sorted(set(densities) ^ set(shapes))
     raise ValueError(
@@ -136,9 +140,12 @@ def resolve(distribution: str | Distribution) -> Distribution:
   named = {"erk": erk, "uniform": uniform}
   if callable(distribution):
     return distribution
+  message = (
+    "distribution must be 'erk', 'uniform' or a function; got "
+    f"{distribution!r}."
+  )
+  if not isinstance(distribution, str):
+    raise TypeError(message)
   if distribution not in named:
-    raise ValueError(
-      "distribution must be 'erk', 'uniform' or a function; got "
-      f"{distribution!r}."
-    )
+    raise ValueError(message)
   return named[distribution]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparseopt_jax import _correction
+
 # The exponent of a step lies between these.
 _MAX_EXPONENT = 5.0
 
@@ -27,12 +29,13 @@ def _hyperbolic_step(
   beta: float,
 ) -> jax.Array:
   """What to add to a weight so that it makes both steps; the update's dtype."""
-  wide = jnp.promote_types(update.dtype, jnp.float32)
+  wide = _correction.wide_dtype(update.dtype)
   stepped = param.astype(wide) + update.astype(wide)
   growth = alpha * jnp.sign(stepped) * gradient.astype(wide) + beta
   exponent = jnp.clip(-rate * growth, -_MAX_EXPONENT, _MAX_EXPONENT)
   # w exp(x) - w = w expm1(x) keeps digits, and leaves a weight at 0 alone.
-  return (update + stepped * jnp.expm1(exponent)).astype(update.dtype)
+  step = update.astype(wide) + stepped * jnp.expm1(exponent)
+  return step.astype(update.dtype)
 
 
 def ham(
@@ -91,7 +94,8 @@ def ham(
     >>> params = optax.apply_updates(params, updates)
 
   References:
-    Hyperbolic Aware Minimization (HAM), ICLR 2026
+    Jacobs et al., `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
+    <https://arxiv.org/abs/2506.02630>`_, 2026
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -116,7 +120,7 @@ def ham(
     )
 
     def one(gradient: Any, update: jax.Array, param: jax.Array) -> jax.Array:
-      if param.ndim < 2:
+      if jnp.ndim(param) < 2:
         return update
       return _hyperbolic_step(gradient, update, param, rate, alpha, beta)
 

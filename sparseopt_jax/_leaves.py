@@ -1,6 +1,7 @@
 """Which leaves of the parameters are sparse, and their masks if given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import optax
 
 from sparseopt_jax import _correction
 
-# A pytree of bools in the structure of the parameters, or a predicate of a
-# leaf's path and the leaf.
+# A pytree of bools in the structure of the parameters or a prefix of it, or a
+# predicate of a leaf's path and the leaf.
 Rule = Any
 AxisRule = _correction.Axes | Callable[[str, Any], _correction.Axes]
 
@@ -47,7 +48,8 @@ def describe(params: Any) -> list[Leaf]:
 def sparse_by_default(path: str, leaf: Any) -> bool:
   """Kernels: two or more axes and not named bias, scale or embedding."""
   return (
-    len(leaf.shape) >= 2
+    jnp.ndim(leaf) >= 2
+    and math.prod(leaf.shape) > 0
     and jnp.issubdtype(leaf.dtype, jnp.floating)
     and path.rpartition("/")[2] not in ("bias", "scale", "embedding")
   )
@@ -56,16 +58,15 @@ def sparse_by_default(path: str, leaf: Any) -> bool:
 def choose(
   name: str, rule: Rule, params: Any, leaves: Sequence[Leaf]
 ) -> list[bool]:
-  """One bool a leaf, from a predicate or a pytree."""
-  if isinstance(rule, bool):
-    return [rule] * len(leaves)
+  """One bool a leaf, from a predicate or a pytree, which may be a prefix."""
   if callable(rule):
     values = jax.tree.leaves(params)
     chosen = [
       rule(leaf.path, v) for leaf, v in zip(leaves, values, strict=True)
     ]
   else:
-    chosen = _flatten_like(name, rule, params, "a bool for each leaf")
+    with _structure_error(name, rule, "a bool for each leaf"):
+      chosen = jax.tree.leaves(jax.tree.broadcast(rule, params))
   for leaf, choice in zip(leaves, chosen, strict=True):
     if not isinstance(choice, bool | np.bool_):
       raise TypeError(
@@ -75,10 +76,11 @@ def choose(
   return chosen
 
 
-def _flatten_like(name: str, tree: Any, params: Any, content: str) -> list:
+@contextlib.contextmanager
+def _structure_error(name: str, tree: Any, content: str) -> Iterator[None]:
+  """Says which argument does not have the structure of the parameters."""
   try:
-    treedef: Any = jax.tree.structure(params)
-    return treedef.flatten_up_to(tree)
+    yield
   except (ValueError, TypeError) as error:
     raise ValueError(
       f"{name} must have the structure of the parameters, with {content}; got "
@@ -89,7 +91,9 @@ def _flatten_like(name: str, tree: Any, params: Any, content: str) -> list:
 def given_masks(masks: Any, params: Any, leaves: Sequence[Leaf]) -> list:
   """The masks of the argument: a bool array, or MaskedNode, for each leaf."""
   content = "a bool array or optax.MaskedNode() for each leaf"
-  given = _flatten_like("masks", masks, params, content)
+  treedef: Any = jax.tree.structure(params)
+  with _structure_error("masks", masks, content):
+    given = treedef.flatten_up_to(masks)
   for leaf, mask in zip(leaves, given, strict=True):
     if is_masked_node(mask):
       continue
@@ -125,6 +129,24 @@ def choose_sparse(
   return chosen
 
 
+def choose_corrected(
+  rule: Rule, sparse: Sequence[bool], params: Any, leaves: Sequence[Leaf]
+) -> list[bool]:
+  """Which of the sparse leaves are corrected."""
+  if rule is None:
+    return list(sparse)
+  chosen = choose("corrected", rule, params, leaves)
+  both = [a and b for a, b in zip(chosen, sparse, strict=True)]
+  is_off = isinstance(rule, bool | np.bool_) and not rule
+  if not is_off and not any(both):
+    paths = [leaf.path for leaf, s in zip(leaves, sparse, strict=True) if s]
+    raise ValueError(
+      "corrected must choose at least one of the sparse leaves, or be False; "
+      f"got {rule!r} for {paths}."
+    )
+  return both
+
+
 def _check_sparse(leaves: Sequence[Leaf], chosen: Sequence[bool]) -> None:
   """Raises unless some leaf is sparse and all that are can be."""
   if not any(chosen):
@@ -133,13 +155,19 @@ def _check_sparse(leaves: Sequence[Leaf], chosen: Sequence[bool]) -> None:
       "sparse must choose at least one leaf, by default those with two or more "
       f"axes not named bias, scale or embedding; got none of {paths}."
     )
+  paths = [leaf.path for leaf, c in zip(leaves, chosen, strict=True) if c]
+  if len(set(paths)) < len(paths):
+    raise ValueError(
+      "sparse must choose leaves of different paths; got two at "
+      f"{max(paths, key=paths.count)!r}."
+    )
   for leaf, choice in zip(leaves, chosen, strict=True):
     if not choice:
       continue
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize < 2:
       raise TypeError(
-        f"sparse must choose leaves of floats; got {leaf.path!r} of dtype "
-        f"{leaf.dtype}."
+        "sparse must choose leaves of floats of 16 bits or more; got "
+        f"{leaf.path!r} of dtype {leaf.dtype}."
       )
     if not leaf.shape or not 0 < math.prod(leaf.shape) < 2**31:
       raise ValueError(

@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from sparseopt_jax import _blocks
+from sparseopt_jax import _correction
 
 _MAX_ORDER = (1 << 31) - 1
 _ZERO_KEY = 2
@@ -50,7 +51,7 @@ def random_order(
 def _magnitude(value: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The bits of |value|, in its order but for NaN; and those of infinity."""
   # In float32 or wider, which is exact, so the order stays.
-  value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+  value = value.astype(_correction.wide_dtype(value.dtype))
   unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
   infinity = jnp.asarray(jnp.inf, value.dtype)
   bits = lax.bitcast_convert_type(value, unsigned)
@@ -74,7 +75,7 @@ def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
 
 def _max_key(dtype: jnp.dtype) -> jax.Array:
   """The key of infinity in `_large_key`, of zero in `_small_key`."""
-  infinity = jnp.asarray(jnp.inf, jnp.promote_types(dtype, jnp.float32))
+  infinity = jnp.asarray(jnp.inf, _correction.wide_dtype(dtype))
   return _magnitude(infinity)[1] + _ZERO_KEY
 
 
@@ -121,10 +122,12 @@ def _search(
       reach_high = jnp.where(nearer, reached, reach_high)
     return _Interval(low, high, reach_low, reach_high)
 
+  # All keys reach 0. That n = 0 keys reach some bound is true of any; the upper
+  # one, which none reaches, ends the search at once.
   start = _Interval(
-    low=jnp.zeros(n.shape, limit.dtype),
+    low=jnp.where(n == 0, limit + 1, jnp.zeros_like(limit)),
     high=jnp.full(n.shape, limit + 1),
-    reach_low=jnp.array(block.sizes()),
+    reach_low=jnp.where(n == 0, 0, jnp.array(block.sizes())),
     reach_high=jnp.zeros(n.shape, jnp.int32),
   )
   return lax.while_loop(is_open, narrow, start)

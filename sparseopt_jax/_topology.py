@@ -8,20 +8,25 @@ was.
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sparseopt_jax import _blocks
+from sparseopt_jax import _correction
 from sparseopt_jax import _selection
+
+# Calls are counted in int32.
+_MAX_COUNT = 2**31 - 1
 
 
 def _check_integer(name: str, value: int, least: int) -> None:
-  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+  if not _correction.is_int(value):
     raise TypeError(f"{name} must be an int; got {value!r}.")
-  if value < least:
-    raise ValueError(f"{name} must be at least {least}; got {value!r}.")
+  if not least <= value <= _MAX_COUNT:
+    raise ValueError(f"{name} must lie in [{least}, 2**31 - 1]; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +65,15 @@ class _Dynamic:
         f"drop_fraction must lie in [0, 1]; got {self.drop_fraction!r}."
       )
 
-  def is_due(self, count: jax.Array) -> jax.Array:
-    """Whether the call with this 0-based count updates the masks."""
+  def is_due(self, count: Any) -> Any:
+    """Whether the call with this 0-based count updates the masks.
+
+    Args:
+      count: An int, or an array.
+
+    Returns:
+      A bool, or an array of bools.
+    """
     multiple = (count > 0) & (count % self.update_every == 0)
     return multiple & (count < self.update_until)
 
@@ -204,7 +216,9 @@ def random_words(key: jax.Array, count: jax.Array, layers: int) -> jax.Array:
   """
   # jax.random would take as long to compile as the rest of the selection.
   position = _blocks.linear_index((layers, 2))
-  by_call = _selection.random_order((key[0], key[1]), count.astype(jnp.uint32))
+  # random_order takes 31 bits of a word; the last of an int seed is kept here.
+  first = key[0] ^ ((key[1] >> 31) << 30)
+  by_call = _selection.random_order((first, key[1]), count.astype(jnp.uint32))
   return _selection.random_order((by_call, key[1]), position)
 
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
-import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -16,84 +15,33 @@ from sparseopt_jax import _correction
 from sparseopt_jax import _distributions
 from sparseopt_jax import _leaves
 from sparseopt_jax import _selection
+from sparseopt_jax import _state
 from sparseopt_jax import _topology
-
-# Bits of a weight's status.
-ACTIVE = 1  # in the mask
-EXPLORED = 2  # has been in the mask at some time
-CHANGED = 4  # dropped or grown by the last mask update
-
-
-class SparseOptState(NamedTuple):
-  """State of :func:`sparseopt_jax.sparseopt`.
-
-  Trees have the structure of the parameters, with ``optax.MaskedNode()`` in the
-  place of leaves that have no such entry. Per-neuron arrays keep the rank of
-  their leaf, with length 1 on the input axes.
-  """
-
-  # shape=(), dtype=jnp.int32; calls of update so far
-  count: jax.Array  # type: ignore[assignment]
-  updated_at: jax.Array  # shape=(), dtype=jnp.int32; count after a mask update
-  skipped: jax.Array  # shape=(), dtype=jnp.int32; mask updates given up
-  key: jax.Array  # shape=(2,), dtype=jnp.uint32; threefry key data
-  status: (
-    optax.Params
-  )  # leaf shape, dtype=jnp.uint8; ACTIVE | EXPLORED | CHANGED
-  fan_in: optax.Params  # per neuron, dtype=jnp.int32
-  scale: optax.Params  # per neuron, dtype=jnp.float32; corrected leaves
-  gradient_mean: optax.Params  # leaf shape; RigL with accumulate > 1
-
-
-class SettledState(SparseOptState):
-  """A state that has made the mask update of the call under way.
-
-  ``keep_params_sparse`` passes it to the link, which then corrects the gradient
-  and leaves the state as it is.
-  """
-
-
-def once(predicate: jax.Array, body: Callable[[Any], Any], operand: Any) -> Any:
-  """Applies ``body`` if ``predicate``, in the operand's own buffers.
-
-  A loop of at most one round. Unlike ``lax.cond`` it updates its operand in
-  place, and under ``vmap`` it runs only if an instance needs it.
-  """
-  return lax.while_loop(
-    lambda carry: carry[0],
-    lambda carry: (jnp.zeros_like(carry[0]), body(carry[1])),
-    (predicate, operand),
-  )[1]
-
-
-def has_bits(status: jax.Array, bits: int) -> jax.Array:
-  return (status & jnp.uint8(bits)) != 0
-
-
-def just_updated(state: SparseOptState) -> jax.Array:
-  return state.updated_at == state.count
-
-
-def is_settled(status: jax.Array, fresh: jax.Array) -> jax.Array:
-  """Active, and not grown just now if ``fresh`` says that masks are new."""
-  bits = jnp.where(fresh, jnp.uint8(ACTIVE | CHANGED), jnp.uint8(ACTIVE))
-  return (status & bits) == ACTIVE
+from sparseopt_jax._state import SettledState
+from sparseopt_jax._state import SparseOptState
 
 
 def _check_seed(seed: Any) -> None:
-  is_key = isinstance(seed, jax.Array) and (
-    jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    or (seed.dtype == jnp.uint32 and seed.shape == (2,))
-    or (jnp.issubdtype(seed.dtype, jnp.integer) and seed.shape == ())
-  )
-  is_int = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-  if not (is_key or is_int):
+  if _correction.is_int(seed):
+    if not -(2**63) <= seed < 2**63:
+      raise ValueError(f"seed must lie in [-2**63, 2**63); got {seed!r}.")
+  elif not (isinstance(seed, jax.Array | np.ndarray) and _is_key(seed)):
     raise TypeError(f"seed must be an int or a key; got {seed!r}.")
+
+
+def _is_key(array: jax.Array | np.ndarray) -> bool:
+  """Whether it is a key, the data of one, or an integer."""
+  if array.shape == (2,):
+    return array.dtype == jnp.uint32
+  return array.shape == () and (
+    jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    or jnp.issubdtype(array.dtype, jnp.integer)
+  )
 
 
 def _key_data(seed: Any) -> jax.Array:
   """Two uint32 from an int or a key of any implementation."""
-  if isinstance(seed, jax.Array):
+  if isinstance(seed, jax.Array | np.ndarray):
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
       return jax.random.bits(seed, (2,), jnp.uint32)
     if seed.shape == (2,):
@@ -134,38 +82,18 @@ def _lay_out_freely(
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
-  # All small ones at once: each reduction takes its time to compile.
-  is_small = lambda g: g.size <= 1 << 16
-  small = [g.astype(jnp.float32).reshape(-1) for g in gradients if is_small(g)]
-  arrays = [g for g in gradients if not is_small(g)]
-  if small:
-    arrays.append(jnp.concatenate(small))
+  # All small ones of a dtype at once: each reduction takes its time to compile.
+  small: dict[Any, list[jax.Array]] = {}
+  arrays = []
+  for gradient in gradients:
+    if gradient.size > 1 << 16:
+      arrays.append(gradient)
+    else:
+      small.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
+  arrays += [jnp.concatenate(group) for group in small.values()]
   # A maximum passes NaN on, and is faster on a CPU than a conjunction.
   largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
-  return jnp.all(jnp.isfinite(jnp.stack(largest)))
-
-
-def _flatten(status: Any) -> tuple[list, Any]:
-  """Leaves, MaskedNode among them, and the structure of the parameters."""
-  return jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
-
-
-def sparse_only(status: Any, tree: Any) -> list:
-  """The entries of ``tree`` at the sparse leaves."""
-  flags, treedef = _flatten(status)
-  pairs = zip(flags, treedef.flatten_up_to(tree), strict=True)
-  return [x for flag, x in pairs if not _leaves.is_masked_node(flag)]
-
-
-def _put_sparse(tree: Any, status: Any, values: Sequence[Any]) -> Any:
-  """``tree`` with other entries at the sparse leaves, where it has one."""
-  flags, treedef = _flatten(status)
-  rest = iter(values)
-  new = [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
-  pairs = zip(treedef.flatten_up_to(tree), new, strict=True)
-  return treedef.unflatten(
-    [old if _leaves.is_masked_node(old) else value for old, value in pairs]
-  )
+  return jnp.all(jnp.stack([jnp.isfinite(x) for x in largest]))
 
 
 def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
@@ -182,9 +110,9 @@ def _growth_scores(
   if isinstance(topology, _topology.SET):
     return None
   source = state.gradient_mean if topology.accumulate > 1 else gradients
-  scores = sparse_only(state.status, source)
+  scores = _state.sparse_only(state.status, source)
   if topology.grow_from == "corrected":
-    scales = sparse_only(state.status, state.scale)
+    scales = _state.sparse_only(state.status, state.correction)
     scores = [_scaled(g, d) for g, d in zip(scores, scales, strict=True)]
   return scores
 
@@ -230,16 +158,20 @@ def _initial_state(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Status, fan-in and scale of a layer with this mask."""
   fan_in, scale = _neurons(mask, axes)
-  status = jnp.where(mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
+  status = jnp.where(
+    mask, jnp.uint8(_state.ACTIVE | _state.EXPLORED), jnp.uint8(0)
+  )
   return status, fan_in, scale
 
 
 def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
-  changed = new_mask != has_bits(status, ACTIVE)
+  changed = new_mask != _state.has_bits(status, _state.ACTIVE)
   return (
-    (status & jnp.uint8(EXPLORED))
-    | jnp.where(new_mask, jnp.uint8(ACTIVE | EXPLORED), jnp.uint8(0))
-    | jnp.where(changed, jnp.uint8(CHANGED), jnp.uint8(0))
+    (status & jnp.uint8(_state.EXPLORED))
+    | jnp.where(
+      new_mask, jnp.uint8(_state.ACTIVE | _state.EXPLORED), jnp.uint8(0)
+    )
+    | jnp.where(changed, jnp.uint8(_state.CHANGED), jnp.uint8(0))
   )
 
 
@@ -251,8 +183,8 @@ def _update_masks(
 ) -> SparseOptState:
   """Drops and grows in every sparse layer, if all gradients are finite."""
   finite = _all_finite(jax.tree.leaves((gradients, state.gradient_mean)))
-  status = sparse_only(state.status, state.status)
-  weights = sparse_only(state.status, params)
+  status = _state.sparse_only(state.status, state.status)
+  weights = _state.sparse_only(state.status, params)
   scores = _growth_scores(topology, state, gradients)
   count = optax.safe_increment(state.count)
   words = _topology.random_words(state.key, count, len(status))
@@ -261,7 +193,7 @@ def _update_masks(
     block: _blocks.Block,
   ) -> tuple[jax.Array, Sequence[jax.Array]]:
     # Padding is active, so it never grows, and NaN, so it is dropped last.
-    mask = has_bits(block.pack(status, ACTIVE), ACTIVE)
+    mask = _state.has_bits(block.pack(status, _state.ACTIVE), _state.ACTIVE)
 
     def change() -> jax.Array:
       active, _ = block.count([mask, ~mask])
@@ -287,8 +219,8 @@ def _update_masks(
   ]
   return state._replace(
     updated_at=jnp.where(finite, count, state.updated_at),
-    skipped=state.skipped + ~finite,
-    status=_put_sparse(state.status, state.status, new_status),
+    skipped=state.skipped + (~finite).astype(jnp.int32),
+    status=_state.put_sparse(state.status, state.status, new_status),
   )
 
 
@@ -296,19 +228,19 @@ def _update_neurons(state: SparseOptState) -> SparseOptState:
   """Fan-ins and factors of new masks."""
   rows = [
     _neurons(
-      has_bits(status, ACTIVE),
+      _state.has_bits(status, _state.ACTIVE),
       [axis for axis, size in enumerate(fan_in.shape) if size == 1],
     )
     for status, fan_in in zip(
-      sparse_only(state.status, state.status),
-      sparse_only(state.status, state.fan_in),
+      _state.sparse_only(state.status, state.status),
+      _state.sparse_only(state.status, state.fan_in),
       strict=True,
     )
   ]
   fan_in, scale = zip(*rows, strict=True)
   return state._replace(
-    fan_in=_put_sparse(state.fan_in, state.status, fan_in),
-    scale=_put_sparse(state.scale, state.status, scale),
+    fan_in=_state.put_sparse(state.fan_in, state.status, fan_in),
+    correction=_state.put_sparse(state.correction, state.status, scale),
   )
 
 
@@ -320,12 +252,12 @@ def _accumulate(
   mean = [
     jnp.where(opens, 0, m) + g.astype(m.dtype) / topology.accumulate
     for m, g in zip(
-      sparse_only(state.status, state.gradient_mean),
-      sparse_only(state.status, gradients),
+      _state.sparse_only(state.status, state.gradient_mean),
+      _state.sparse_only(state.status, gradients),
       strict=True,
     )
   ]
-  mean_tree = _put_sparse(state.gradient_mean, state.status, mean)
+  mean_tree = _state.put_sparse(state.gradient_mean, state.status, mean)
   return state._replace(gradient_mean=mean_tree)
 
 
@@ -334,34 +266,37 @@ def _advance(
   state: SparseOptState,
   gradients: Any,
   params: Any,
+  update_masks: bool | None,
 ) -> SparseOptState:
   """The state after a call: counted, and with new masks where they are due."""
-
   count = state.count
   if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
     in_window = topology.in_window(count)
-    state = once(
+    state = _state.once(
       in_window, lambda s: _accumulate(topology, s, gradients), state
     )
   if not isinstance(topology, _topology.Static):
-    due = topology.is_due(count)
+    due = topology.is_due(count) if update_masks is None else update_masks
     change = functools.partial(_update_masks, topology)
-    update = lambda s: _lay_out_freely(change, s, gradients, params)
-    state = once(due, update, state)
-    state = once(state.updated_at == count + 1, _update_neurons, state)
+
+    def update(state: SparseOptState) -> SparseOptState:
+      return _update_neurons(_lay_out_freely(change, state, gradients, params))
+
+    # One loop, not two: before each, an accelerator's queue runs empty.
+    state = _state.once(due, update, state)
   return state._replace(count=optax.safe_increment(count))
 
 
 def _correct(gradients: Any, state: SparseOptState, scale: Any) -> Any:
   """Zero outside the masks; rescaled where the layer is corrected."""
-  fresh = just_updated(state)
+  fresh = _state.just_updated(state)
 
   def one(status: Any, gradient: Any, scale: Any) -> Any:
     if _leaves.is_masked_node(status):
       return gradient
     scaled = _scaled(gradient, scale)
     zero = jnp.zeros_like(scaled)
-    return jnp.where(is_settled(status, fresh), scaled, zero)
+    return jnp.where(_state.is_settled(status, fresh), scaled, zero)
 
   return jax.tree.map(
     one, state.status, gradients, scale, is_leaf=_leaves.is_masked_node
@@ -406,15 +341,22 @@ def sparseopt(
   dropped by their magnitude as passed to ``update``. A mask update is skipped
   and counted if any gradient is not finite.
 
+  Whether a call updates the masks is decided on the device, from the number of
+  calls. On a GPU the host has to wait for that decision. A loop that counts the
+  calls itself saves the wait, and the branch, by the extra argument
+  ``update_masks`` of ``update``, a Python bool: ``update_masks =
+  topology.is_due(step)``, passed to a jitted step as a static argument.
+
   Args:
     sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
     topology: :class:`sparseopt_jax.Static`, :class:`sparseopt_jax.SET` or
       :class:`sparseopt_jax.RigL`.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
       and the sparsity that returns ``{path: density}``.
-    sparse: Which leaves get a mask: a pytree of bools or a predicate of a path
-      such as ``'Conv_0/kernel'`` and the leaf. By default leaves of two or more
-      axes not named bias, scale or embedding.
+    sparse: Which leaves get a mask: a pytree of bools (or a prefix of one, as
+      for ``optax.masked``) or a predicate of a path such as ``'Conv_0/kernel'``
+      and the leaf. By default leaves of two or more axes not named bias, scale
+      or embedding.
     corrected: Which of the sparse leaves get the correction, in the same forms,
       or ``False`` for none of them: plain RigL, SET or static training. By
       default all. It is meant for layers whose output goes straight into batch
@@ -424,7 +366,9 @@ def sparseopt(
       :func:`sparseopt_jax.get_masks`. Their active weights are what is kept;
       ``sparsity`` and ``distribution`` are then not used.
     output_axis: The neuron axis of the weights, a tuple of them, or a function
-      of path and leaf that returns either. -1 for Flax, 0 for Equinox.
+      of path and leaf that returns either. -1 for Flax, 0 for Equinox. A leaf
+      is one layer; layers stacked in a leaf, as by ``nn.scan``, are not told
+      apart.
     seed: An int or a key, traced or not.
 
   Returns:
@@ -433,7 +377,8 @@ def sparseopt(
 
   Raises:
     TypeError: If an argument has the wrong type.
-    ValueError: If an argument lies outside its range, or no leaf can be sparse.
+    ValueError: If an argument lies outside its range, no leaf can be sparse, or
+      ``corrected`` is given, is not ``False``, and chooses no sparse leaf.
 
   Examples:
 
@@ -501,8 +446,7 @@ def sparseopt(
     scale = scale if is_corrected else none
     mean = none
     if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
-      dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-      mean = jnp.zeros_like(leaf, dtype=dtype)
+      mean = jnp.zeros_like(leaf, dtype=_correction.wide_dtype(leaf.dtype))
     return status, fan_in, scale, mean
 
   def init_fn(params: optax.Params) -> SparseOptState:
@@ -512,13 +456,13 @@ def sparseopt(
     columns: list = [(), (), (), ()]
     # optax.tree.map_params calls init with a tree that has no leaves.
     if leaves:
-      chosen = [True] * len(leaves)
-      if corrected is not None:
-        chosen = _leaves.choose("corrected", corrected, params, leaves)
+      first = initial_masks(params, leaves)
+      is_sparse = [not _leaves.is_masked_node(mask) for mask in first]
+      chosen = _leaves.choose_corrected(corrected, is_sparse, params, leaves)
       rows = [
         init_leaf(mask, choice, leaf.path, value)
         for mask, choice, leaf, value in zip(
-          initial_masks(params, leaves), chosen, leaves, values, strict=True
+          first, chosen, leaves, values, strict=True
         )
       ]
       columns = list(zip(*rows, strict=True))
@@ -535,16 +479,23 @@ def sparseopt(
     updates: optax.Updates,
     state: SparseOptState,
     params: optax.Params | None = None,
+    *,
+    update_masks: bool | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, SparseOptState]:
     del extra_args
+    if update_masks is not None and not isinstance(update_masks, bool):
+      raise TypeError(
+        "update_masks must be a bool that is known while tracing, or None; got "
+        f"{update_masks!r}."
+      )
     if params is None:
       raise ValueError(
         "params must be passed to update, since masks depend on them; got None."
       )
     new_state = state
     if not isinstance(state, SettledState):
-      new_state = _advance(topology, state, updates, params)
-    return _correct(updates, new_state, state.scale), new_state
+      new_state = _advance(topology, state, updates, params, update_masks)
+    return _correct(updates, new_state, state.correction), new_state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from sparseopt_jax import _leaves
-from sparseopt_jax import _transform
-from sparseopt_jax._transform import SettledState
-from sparseopt_jax._transform import SparseOptState
+from sparseopt_jax import _state
+from sparseopt_jax._state import SettledState
+from sparseopt_jax._state import SparseOptState
 
 
 def _is_state(node: Any) -> bool:
@@ -23,7 +23,7 @@ def find_state(opt_state: optax.OptState) -> SparseOptState:
   if len(found) != 1:
     raise ValueError(
       "opt_state must hold exactly one SparseOptState; got "
-      f"{len(found)} in {jax.tree.structure(opt_state)}."
+      f"{len(found)} in a {type(opt_state).__name__}."
     )
   return found[0]
 
@@ -64,7 +64,7 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
     2 MaskedNode()
   """
   return jax.tree.map(
-    lambda status: _transform.has_bits(status, _transform.ACTIVE),
+    lambda status: _state.has_bits(status, _state.ACTIVE),
     find_state(opt_state).status,
   )
 
@@ -101,7 +101,7 @@ def apply_masks(
     2.0 4.0
   """
   state = find_state(opt_state)
-  return _select_settled(state.status, _transform.just_updated(state), params)
+  return _select_settled(state.status, _state.just_updated(state), params)
 
 
 def _select_settled(status: Any, fresh: jax.Array, params: Any) -> Any:
@@ -110,7 +110,7 @@ def _select_settled(status: Any, fresh: jax.Array, params: Any) -> Any:
   def one(status: Any, param: Any) -> Any:
     if _leaves.is_masked_node(status):
       return param
-    settled = _transform.is_settled(status, fresh)
+    settled = _state.is_settled(status, fresh)
     return jnp.where(settled, param, jnp.zeros_like(param))
 
   return jax.tree.map(one, status, params, is_leaf=_leaves.is_masked_node)
@@ -125,7 +125,7 @@ def _cancel_outside(
     if _leaves.is_masked_node(status):
       return update
     # Promotes: a bfloat16 update could not cancel a float32 parameter.
-    return jnp.where(_transform.is_settled(status, fresh), update, -param)
+    return jnp.where(_state.is_settled(status, fresh), update, -param)
 
   return jax.tree.map(
     one, status, updates, params, is_leaf=_leaves.is_masked_node
@@ -141,11 +141,61 @@ def _zero_where(changed: Any, tree: Any) -> Any:
   return jax.tree.map(one, changed, tree, is_leaf=_leaves.is_masked_node)
 
 
-def _changed(status: Any, fresh: jax.Array) -> Any:
-  """Where the masks changed, all false unless ``fresh``."""
-  return jax.tree.map(
-    lambda s: _transform.has_bits(s, _transform.CHANGED) & fresh, status
+def _changed(status: Any, fresh: jax.Array, params: Any) -> Any:
+  """Where the masks changed, all false unless ``fresh``.
+
+  In the structure of the parameters; in the status, a MaskedNode may stand for
+  a whole subtree that ``optax.masked`` or ``optax.partition`` left out.
+  """
+
+  def one(status: Any, param: Any) -> Any:
+    if _leaves.is_masked_node(status):
+      return jax.tree.map(lambda _: status, param)
+    return _state.has_bits(status, _state.CHANGED) & fresh
+
+  return jax.tree.map(one, status, params, is_leaf=_leaves.is_masked_node)
+
+
+def _mark_slots(
+  inner: optax.GradientTransformation, state: optax.OptState, changed: Any
+) -> Any:
+  """The state with ``changed`` in its slots of one entry a weight, else False.
+
+  The slots are found by ``optax.tree.map_params``, which knows the copies of
+  the parameters in nearly any state.
+  """
+
+  def mark(slot: Any, changed: Any) -> Any:
+    if _leaves.is_masked_node(slot):
+      return slot
+    is_weight = not _leaves.is_masked_node(changed)
+    return changed if is_weight and slot.shape == changed.shape else False
+
+  return optax.tree.map_params(
+    inner,
+    mark,
+    state,
+    changed,
+    transform_non_params=lambda _: False,
+    is_leaf=_leaves.is_masked_node,
   )
+
+
+def _check_slots(
+  inner: optax.GradientTransformation,
+  state: optax.OptState,
+  params: optax.Params,
+) -> None:
+  """Raises unless the slots of the state can be found."""
+  try:
+    nothing = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    _mark_slots(inner, state, nothing)
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    raise ValueError(
+      "inner must have a state that optax.tree.map_params can map, to start "
+      "slots of weights anew (use the bare chain and apply_masks instead); got "
+      f"{inner!r}, for which it raises: {error}"
+    ) from error
 
 
 def _restart_slots(
@@ -156,25 +206,9 @@ def _restart_slots(
 ) -> optax.OptState:
   """Starts the per-weight state anew where a mask changed.
 
-  The slots are found by ``optax.tree.map_params``, which knows the copies of
-  the parameters in any state. The weights in question are 0, and so is what
-  ``inner.init`` sees here.
+  The weights in question are 0, and so is what ``inner.init`` sees here.
   """
-
-  def mark(slot: Any, changed: Any) -> Any:
-    if _leaves.is_masked_node(slot):
-      return slot
-    is_weight = not _leaves.is_masked_node(changed)
-    return changed if is_weight and slot.shape == changed.shape else False
-
-  marks = optax.tree.map_params(
-    inner,
-    mark,
-    state,
-    changed,
-    transform_non_params=lambda _: False,
-    is_leaf=_leaves.is_masked_node,
-  )
+  marks = _mark_slots(inner, state, changed)
   fresh = inner.init(jax.tree.map(jnp.zeros_like, params))
 
   def restart(mark: Any, slot: Any, fresh: Any) -> Any:
@@ -204,10 +238,15 @@ def keep_params_sparse(
 
   The wrapper has no state of its own: its state is that of ``inner``. In a call
   it asks ``inner`` twice, first for the masks, then for the step under them; of
-  the first all but the masks is dead code, which ``jax.jit`` removes.
+  the first all but the masks is dead code, which ``jax.jit`` removes. Outside
+  of ``jax.jit`` a call is slow, and effects in ``inner``, such as those of
+  ``jax.debug.print``, happen twice in any case.
 
   Args:
-    inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it.
+    inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it
+      and a state that ``optax.tree.map_params`` can map. Of Optax's own,
+      ``sm3`` and the line searches (``lbfgs`` has one by default) have not;
+      they work in the bare chain.
 
   Returns:
     A ``GradientTransformationExtraArgs``. Its ``init`` calls ``inner.init`` on
@@ -215,8 +254,9 @@ def keep_params_sparse(
     arguments on.
 
   Raises:
-    ValueError: In ``init``, if ``inner`` holds no sparseopt or several; in
-      ``update``, if ``params`` are missing.
+    TypeError: If ``inner`` is not a transformation.
+    ValueError: In ``init``, if ``inner`` holds no sparseopt or several, or its
+      slots cannot be found; in ``update``, if ``params`` are missing.
 
   Examples:
 
@@ -241,12 +281,16 @@ def keep_params_sparse(
 
   .. seealso:: :func:`sparseopt_jax.sparseopt_sgd`
   """
+  if not (hasattr(inner, "init") and hasattr(inner, "update")):
+    raise TypeError(f"inner must be a GradientTransformation; got {inner!r}.")
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> optax.OptState:
     state = find_state(inner.init(params))
     # The masks do not depend on values; the first are kept, the second unused.
-    return _replace_state(inner.init(apply_masks(params, state)), state)
+    opt_state = inner.init(apply_masks(params, state))
+    _check_slots(inner, opt_state, params)
+    return _replace_state(opt_state, state)
 
   def update_fn(
     updates: optax.Updates,
@@ -259,11 +303,14 @@ def keep_params_sparse(
         "params must be passed to update, since zeros depend on them; got None."
       )
     old = find_state(state)
+    if isinstance(old, SettledState):
+      # A wrapper around this one is at work.
+      return inner.update(updates, state, params, **extra_args)
     new = find_state(inner.update(updates, state, params, **extra_args)[1])
     fresh = new.updated_at != old.updated_at
-    changed = _changed(new.status, fresh)
+    changed = _changed(new.status, fresh, params)
     # The gradient was taken under the old masks, so it gets their factors.
-    settled = SettledState(*new._replace(scale=old.scale))
+    settled = SettledState(*new._replace(correction=old.correction))
     state = _restart_slots(inner, state, changed, params)
     updates, state = inner.update(
       _zero_where(changed, updates),

@@ -31,6 +31,7 @@ from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
 _FORMAT = "sparseopt-jax 1"
+_FIGURES = ("step", "test_accuracy", "sparsity")
 Kind = Literal["bcoo", "csr"]
 
 
@@ -366,10 +367,11 @@ def _final(
 def _finished(run: pathlib.Path) -> dict[str, Any]:
   path = run / folder.SUMMARY
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+    summary = json.loads(path.read_text())
+    return {name: summary[name] for name in _FIGURES}
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise UsageError(
-      f"{run} is not the folder of a finished run: {error}"
+      f"{run} is not the folder of a finished run: {path.name}: {error}"
     ) from None
 
 
@@ -384,8 +386,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   def command() -> None:
     args = parser.parse_args(arguments)
-    if args.out.exists() or not args.out.parent.is_dir():
-      raise UsageError(f"OUT {args.out} is there already, or its folder is not")
+    if args.out.exists():
+      raise UsageError(f"OUT {args.out} is there already")
+    if not args.out.parent.is_dir():
+      raise UsageError(f"OUT {args.out}: there is no folder {args.out.parent}")
     print(_export(args.run, args.out))
 
   return cli.run(command)

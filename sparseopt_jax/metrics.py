@@ -12,9 +12,9 @@ import optax
 from sparseopt_jax import _blocks
 from sparseopt_jax import _leaves
 from sparseopt_jax import _selection
-from sparseopt_jax import _transform
+from sparseopt_jax import _state
 from sparseopt_jax import _wrappers
-from sparseopt_jax._transform import SparseOptState
+from sparseopt_jax._state import SparseOptState
 
 
 def _weights_with(state: SparseOptState, bits: int) -> jax.Array:
@@ -33,13 +33,15 @@ def _total(counts: Any) -> jax.Array:
 
 
 def _skew_angle(fan_in: jax.Array) -> jax.Array:
-  """The angle between g and D g, if |g_i|^2 is proportional to f_i / (f_i / N).
+  """The angle between g and D g, if all |g_i| of live neurons are equal.
+
+  So they are behind batch norm: f_i squares, each amplified by N / f_i.
 
   cos = sum_i sqrt(f_i) / sqrt(n sum_i f_i) over the n live neurons is the same
   as tan = std / mean of sqrt(f_i), which loses no digits at small angles.
   """
   roots = jnp.sqrt(fan_in.astype(jnp.float32))
-  live = jnp.maximum(jnp.sum(fan_in > 0), 1)
+  live = jnp.maximum(jnp.sum(fan_in > 0), 1).astype(jnp.float32)
   mean = jnp.sum(roots) / live
   variance = jnp.sum(jnp.where(fan_in > 0, (roots - mean) ** 2, 0.0)) / live
   return jnp.degrees(jnp.arctan2(jnp.sqrt(variance), mean))
@@ -80,11 +82,11 @@ def sparsity_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
   """
   state = _wrappers.find_state(opt_state)
   size = _total([s.size for s in jax.tree.leaves(state.status)])
-  active = _total(_weights_with(state, _transform.ACTIVE))
-  explored = _total(_weights_with(state, _transform.EXPLORED))
-  grown = _total(_weights_with(state, _transform.ACTIVE | _transform.CHANGED))
+  active = _total(_weights_with(state, _state.ACTIVE))
+  explored = _total(_weights_with(state, _state.EXPLORED))
+  grown = _total(_weights_with(state, _state.ACTIVE | _state.CHANGED))
   fan_ins = jax.tree.leaves(state.fan_in)
-  corrected = _transform.sparse_only(state.scale, state.fan_in)
+  corrected = _state.sparse_only(state.correction, state.fan_in)
   angles = [_skew_angle(fan_in) for fan_in in corrected]
   return {
     "sparsity": (size - active) / size,
@@ -124,13 +126,16 @@ def sparsity_table(opt_state: optax.OptState) -> str:
     total               8    0.7500     0.2500             0
   """
   state = _wrappers.find_state(opt_state)
-  active = np.asarray(_weights_with(state, _transform.ACTIVE), np.int64)
-  explored = np.asarray(_weights_with(state, _transform.EXPLORED), np.int64)
-  size = np.array([math.prod(s.shape) for s in jax.tree.leaves(state.status)])
-  fan_in = jax.tree_util.tree_leaves_with_path(state.fan_in)
-  dead = np.array([int(jnp.sum(f == 0)) for _, f in fan_in])
-  shapes = [status.shape for status in jax.tree.leaves(state.status)]
-  scales = _transform.sparse_only(state.status, state.scale)
+  layers = jax.tree_util.tree_leaves_with_path(state.status)
+  shapes = [status.shape for _, status in layers]
+  size = np.array([math.prod(shape) for shape in shapes])
+  # In NumPy: to compile a reduction for each layer would take seconds.
+  values = [_on_host(status) for _, status in layers]
+  active = np.array([np.count_nonzero(x & _state.ACTIVE) for x in values])
+  explored = np.array([np.count_nonzero(x & _state.EXPLORED) for x in values])
+  fan_ins = map(_on_host, jax.tree.leaves(state.fan_in))
+  dead = np.array([np.count_nonzero(fan_in == 0) for fan_in in fan_ins])
+  scales = _state.sparse_only(state.status, state.correction)
 
   def row(name: str, shape: str, index: Any, corrected: str) -> list[str]:
     a, e, n = active[index].sum(), explored[index].sum(), size[index].sum()
@@ -139,7 +144,7 @@ def sparsity_table(opt_state: optax.OptState) -> str:
 
   header = ["layer", "shape", "active", "sparsity", "itop rate"]
   rows = [[*header, "dead neurons", "corrected"]]
-  for i, (path, _) in enumerate(fan_in):
+  for i, (path, _) in enumerate(layers):
     corrected = "no" if _leaves.is_masked_node(scales[i]) else "yes"
     name = _leaves.path_name(path)
     rows.append(row(name, "x".join(map(str, shapes[i])), [i], corrected))
@@ -153,6 +158,15 @@ def sparsity_table(opt_state: optax.OptState) -> str:
     ).rstrip()
     for cells in rows
   )
+
+
+def _on_host(x: Any) -> np.ndarray:
+  """The values, gathered if they are spread over processes."""
+  if isinstance(x, jax.Array) and not (
+    x.is_fully_addressable or x.is_fully_replicated
+  ):
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 def masks_checksum(opt_state: optax.OptState) -> jax.Array:

@@ -10,7 +10,7 @@ checkpoint to go on from by `--resume`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import shlex
 import sys
@@ -38,7 +38,10 @@ def parse(arguments: Sequence[str]) -> Config:
 
 
 def train(
-  config: Config, stop: signals.StopRequest, command: str
+  config: Config,
+  stop: signals.StopRequest,
+  command: str,
+  create_optimizer: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
   """Builds what `config` asks for and trains it.
 
@@ -46,6 +49,8 @@ def train(
     config: What was asked for, `workdir` filled in.
     stop: Says when a signal has come.
     command: The command line, for the summary.
+    create_optimizer: In place of `training.optimizer.create`, with its
+      arguments; the files of the run do not tell it.
 
   Returns:
     The summary, as in `summary.json`.
@@ -57,9 +62,12 @@ def train(
   """
   with folder.prepared(config) as path:
     from sparseopt_jax.training import build
+    from sparseopt_jax.training import optimizer
 
     layout = build.devices(config)
-    task, create = build.task(config, layout)
+    task, create = build.task(
+      config, layout, create_optimizer or optimizer.create
+    )
   from sparseopt_jax.training import loop
   from sparseopt_jax.training import telling
 

@@ -3,7 +3,7 @@
 Everything here is NumPy and Python loops; nothing comes from the package. A
 mask is a bool array of its layer's shape, True where a weight is active. The
 neuron axis is an int or a tuple of ints; per-neuron results have the shape of
-those axes, in the order given.
+those axes, in ascending order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ Shapes = Mapping[str, Sequence[int]]
 def fan_ins(mask, axis: Axis = -1) -> np.ndarray:
   """Returns f_i, the number of active incoming weights of each neuron."""
   mask = np.asarray(mask, bool)
-  counts = np.zeros([mask.shape[a] for a in _axes(axis)], int)
+  counts = np.zeros([mask.shape[a] for a in _axes(axis, mask.ndim)], int)
   for neuron in np.ndindex(*counts.shape):
     counts[neuron] = mask[_weights_of(neuron, axis, mask.ndim)].sum()
   return counts
@@ -79,14 +79,14 @@ def _scale(gradient, mask, axis):
   return scaled
 
 
-def _axes(axis):
-  return (axis,) if isinstance(axis, int) else tuple(axis)
+def _axes(axis, ndim):
+  return sorted(a % ndim for a in np.atleast_1d(axis))
 
 
 def _weights_of(neuron, axis, ndim):
   """Returns the index of all incoming weights of one neuron."""
   index: list[Any] = [slice(None)] * ndim
-  for a, position in zip(_axes(axis), neuron, strict=True):
+  for a, position in zip(_axes(axis, ndim), neuron, strict=True):
     index[a] = position
   return tuple(index)
 

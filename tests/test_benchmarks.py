@@ -1,12 +1,15 @@
 """The benchmarks run, and their arithmetic is right."""
 
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
 
+from sparseopt_jax import data
 from sparseopt_jax.benchmarks import __main__ as command
+from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.benchmarks import timing
 
 
@@ -20,7 +23,7 @@ def no_cache():
 
 def _run(arguments, tmp_path, capsys):
   output = tmp_path / "figures.json"
-  command.main([*arguments, "--output", str(output)])
+  assert command.main([*arguments, "--output", str(output)]) == 0
   printed = capsys.readouterr().out
   figures = json.loads(output.read_text())
   assert figures["jax"] in printed
@@ -66,6 +69,31 @@ def test_scaling(tmp_path, capsys):
   arguments = ["scaling", "--sizes", "16000", "--repeats", "2"]
   rows = _run(arguments, tmp_path, capsys)
   assert list(rows) == ["2e+04 weights, 1 layers", "2e+04 weights, 8 layers"]
+
+
+def test_input(tmp_path, capsys):
+  arguments = ["input", "--model", "resnet8", "--batch-size", "8"]
+  rows = _run([*arguments, "--repeats", "2"], tmp_path, capsys)
+  small, jpeg, step = rows.values()
+  assert small["images_per_second"] > 4 * step["images_per_second"]
+  for row in (small, jpeg):
+    expected = row["images_per_second"] / step["images_per_second"]
+    assert row["times_the_step"] == expected
+    assert row["images_per_second_a_core"] > 0
+  # ImageNet's have about 110 kilobytes on average.
+  assert 90 < jpeg["kilobytes_an_image"] < 130
+  assert 0 <= step["input_wait"] < 1
+
+
+def test_input_is_that_of_imagenet(tmp_path):
+  """The files that are made are JPEG of 500 x 375, read by the loader."""
+  input_pipeline.prepare_jpegs(tmp_path, 4)
+  dataset = data.load("imagenet2012", tmp_path)
+  assert dataset.num_train == 4
+  assert dataset.train[0]["image"].shape == (375, 500, 3)
+  (batch,) = itertools.islice(dataset.train_batches(0, 0, 4), 1)
+  assert batch["image"].shape == (4, 224, 224, 3)
+  assert sorted(batch["label"]) == [0, 1, 2, 3]
 
 
 def test_ratios_are_taken_round_by_round():

@@ -34,7 +34,13 @@ def test_agrees_with_oracle(shape, density):
 
 def test_several_neuron_axes_agree_with_oracle():
   gradient, mask = random_layer((4, 3, 2, 5), 0.3, seed=0)
-  for axes in [(-2, -1), (0, 2), (1,), (0, 1, 2, 3)]:
+  for axes in [(-2, -1), (0, 2), (1,), (0, 1, 2, 3), (2, 1), (-1, 0)]:
+    np.testing.assert_allclose(
+      sparseopt_jax.neuron_sparsity(mask, axes),
+      oracle.neuron_sparsity(mask, axes),
+      rtol=1e-6,
+      atol=1e-7,
+    )
     np.testing.assert_allclose(
       sparseopt_jax.correct(gradient, mask, axes),
       oracle.correct(gradient, mask, axes),
@@ -49,6 +55,22 @@ def test_dense_mask_is_the_identity_bit_for_bit(dtype):
   got = sparseopt_jax.correct(gradient, np.ones(gradient.shape, bool))
   assert got.dtype == gradient.dtype
   np.testing.assert_array_equal(np.asarray(got), np.asarray(gradient))
+
+
+def test_several_neuron_axes_come_in_ascending_order():
+  mask = np.ones((2, 3, 4), bool)
+  assert sparseopt_jax.neuron_sparsity(mask, (2, 1)).shape == (3, 4)
+  assert sparseopt_jax.neuron_sparsity(mask, np.int64(0)).shape == (2,)
+
+
+def test_denormals_may_become_zero_and_nothing_else():
+  """XLA flushes them on a CPU; they are no counterexample to "bit for bit"."""
+  tiny = np.finfo(np.float32).smallest_subnormal
+  gradient = np.array([[tiny, 1.0], [-1e-40, 1e-37]], np.float32)
+  got = np.asarray(sparseopt_jax.correct(gradient, np.ones((2, 2), bool)))
+  np.testing.assert_array_equal(got[:, 1], gradient[:, 1])
+  kept = got[:, 0] != 0
+  np.testing.assert_array_equal(got[kept, 0], gradient[kept, 0])
 
 
 @pytest.mark.parametrize("fan_in", [1, 2, 3, 7])
@@ -96,6 +118,11 @@ def test_norm_of_an_even_gradient_is_kept():
     ((np.ones((2, 3)), np.ones((3, 2), bool)), ValueError, r"mask.*\(3, 2\)"),
     ((np.ones((2, 3)), np.ones((2, 3), bool), 2), ValueError, "output_axis.*2"),
     ((np.ones((2, 3)), np.ones((2, 3), bool), "x"), TypeError, "axis.*'x'"),
+    (
+      (np.ones((2, 3)), np.ones((2, 3), bool), (1, -1)),
+      ValueError,
+      r"output_axis.*once.*\(1, -1\)",
+    ),
     ((np.ones(()), np.ones((), bool)), ValueError, "mask.*scalar"),
   ],
 )

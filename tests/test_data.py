@@ -1,27 +1,28 @@
 """Tests of the data sets; those of TensorFlow Datasets are mocked."""
 
+import errno
 import io
 import itertools
-import json
 import os
-import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import time
 
-from array_record.python import array_record_module
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from sparseopt_jax import data
+from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.data import augmentation
 from sparseopt_jax.data import imagenet
 from sparseopt_jax.data import in_memory
+from sparseopt_jax.data import npz_source
 from sparseopt_jax.data import prepare
 
 # ImageNet's mock images are generated anew at each access: keep them few.
@@ -36,10 +37,12 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def datasets():
+def datasets(tmp_path_factory):
+  # A folder of its own: files in the default one would be read.
+  folder = tmp_path_factory.mktemp("empty")
   with tfds.testing.mock_data(num_examples=NUM_MOCKED):
-    mocked = {name: data.load(name) for name in SMALL}
-    mocked["imagenet2012"] = data.load("imagenet2012", image_size=64)
+    mocked = {name: data.load(name, folder) for name in SMALL}
+    mocked["imagenet2012"] = data.load("imagenet2012", folder, image_size=64)
   return {"digits": data.load("digits"), **mocked}
 
 
@@ -51,34 +54,17 @@ def _prepare(name, data_dir, splits):
     data_dir: Where to put it.
     splits: {split: [(image, label), ...]}.
   """
-  builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-  folder = pathlib.Path(builder.data_dir)
-  folder.mkdir(parents=True)
-  infos = []
-  for split, examples in splits.items():
-    writer = array_record_module.ArrayRecordWriter(
-      str(folder / f"{name}-{split}.array_record-00000-of-00001"),
-      "group_size:1",
-    )
-    for image, label in examples:
-      file = io.BytesIO()
-      Image.fromarray(image).save(file, "PNG")
-      example = tf_example_pb2.Example()
-      feature = example.features.feature
-      feature["image"].bytes_list.value.append(file.getvalue())
-      feature["label"].int64_list.value.append(int(label))
-      for other in {"id", "file_name"} & builder.info.features.keys():
-        feature[other].bytes_list.value.append(b"")
-      writer.write(example.SerializeToString())
-    writer.close()
-    infos.append({"name": split, "shardLengths": [str(len(examples))]})
-  info = {
-    "name": name,
-    "version": str(builder.version),
-    "fileFormat": "array_record",
-    "splits": infos,
+  encoded = {
+    split: [(_png(image), label) for image, label in examples]
+    for split, examples in splits.items()
   }
-  (folder / "dataset_info.json").write_text(json.dumps(info))
+  input_pipeline.write_prepared(name, data_dir, encoded)
+
+
+def _png(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "PNG")
+  return file.getvalue()
 
 
 def _take(batches, number):
@@ -212,18 +198,6 @@ def test_each_test_example_is_valid_once(datasets, name, batch_size, processes):
       [{key: batch[key][batch["valid"]] for key in ("image", "label")}]
     )
   assert seen == _rows([{"image": images, "label": labels}])
-
-
-def test_a_prepared_small_set_is_read(tmp_path):
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
-  labels = rng.integers(0, 10, 6)
-  examples = list(zip(images, labels, strict=True))
-  _prepare("cifar10", tmp_path, {"train": examples[:4], "test": examples[4:]})
-  dataset = data.load("cifar10", tmp_path)
-  for read, part in ((dataset.train, slice(4)), (dataset.test, slice(4, 6))):
-    np.testing.assert_array_equal(read[0], images[part])
-    np.testing.assert_array_equal(read[1], labels[part])
 
 
 def test_prepared_imagenet_is_read(tmp_path):
@@ -442,12 +416,174 @@ def test_names_are_known_without_libraries():
   assert run.returncode == 0
 
 
-def test_prepare_says_what_is_missing(monkeypatch, capsys):
+@pytest.fixture
+def prepared_cifar10(tmp_path):
+  """A folder with six images of CIFAR-10, prepared by TFDS, and the arrays."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (6, 32, 32, 3), np.uint8)
+  labels = rng.integers(0, 10, 6, np.int32)
+  examples = list(zip(images, labels, strict=True))
+  _prepare("cifar10", tmp_path, {"train": examples[:4], "test": examples[4:]})
+  return tmp_path, (images[:4], labels[:4]), (images[4:], labels[4:])
+
+
+def _assert_arrays(dataset, train, test):
+  for read, given in ((dataset.train, train), (dataset.test, test)):
+    for array, expected in zip(read, given, strict=True):
+      assert array.dtype == expected.dtype
+      np.testing.assert_array_equal(array, expected)
+
+
+def test_a_prepared_small_set_is_read(prepared_cifar10):
+  folder, train, test = prepared_cifar10
+  _assert_arrays(data.load("cifar10", folder), train, test)
+
+
+def test_prepare_writes_plain_arrays_without_tensorflow(
+  prepared_cifar10, monkeypatch, capsys
+):
+  folder, train, test = prepared_cifar10
+  monkeypatch.setitem(sys.modules, "tensorflow", None)
+  assert prepare.main(["cifar10", "--data-dir", str(folder)]) == 0
+  assert str(folder / "cifar10.npz") in capsys.readouterr().out
+  assert sorted(path.name for path in folder.iterdir()) == [
+    "cifar10",
+    "cifar10.npz",
+  ]
+  with np.load(folder / "cifar10.npz") as arrays:
+    assert set(arrays) == {
+      f"{split}_{what}"
+      for split in ("train", "test")
+      for what in ("images", "labels")
+    }
+  shutil.rmtree(folder / "cifar10")
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  _assert_arrays(data.load("cifar10", folder), train, test)
+
+
+def test_without_tfds_the_missing_file_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+  message = f"no {tmp_path}/cifar10.npz, and cifar10 needs tensorflow-datasets"
+  with pytest.raises(ModuleNotFoundError, match=message):
+    data.load("cifar10", tmp_path)
+
+
+def test_plain_arrays_come_before_what_tfds_prepared(prepared_cifar10):
+  folder, train, test = prepared_cifar10
+  others = (train[0][::-1], train[1][::-1])
+  npz_source.write(npz_source.path("cifar10", folder), others, test)
+  _assert_arrays(data.load("cifar10", folder), others, test)
+
+
+def test_a_file_of_arrays_is_written_whole_or_not_at_all(
+  prepared_cifar10, monkeypatch
+):
+  folder, train, test = prepared_cifar10
+  file = npz_source.path("cifar10", folder)
+  npz_source.write(file, train, test)
+  before = file.read_bytes()
+
+  def full(stream, **arrays):
+    stream.write(b"PK")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(npz_source.np, "savez_compressed", full)
+  with pytest.raises(OSError, match="No space"):
+    npz_source.write(file, test, train)
+  assert file.read_bytes() == before
+  assert len(list(folder.iterdir())) == 2
+
+
+_IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
+_LABELS = np.arange(4, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    (
+      {"train_images": _IMAGES[..., 0]},
+      r"images must be .*32, 3\), got uint8 ",
+    ),
+    ({"test_images": _IMAGES / 255}, "images must be uint8 .*got float64"),
+    ({"train_labels": _LABELS[:3]}, r"labels of 4 images .*got int32 \(3,\)"),
+    ({"test_labels": _LABELS.astype(np.int64)}, "must be int32 .*got int64"),
+    ({"train_labels": _LABELS + 7}, r"in \[0, 10\), got \[7, 8, 9, 10\]"),
+    ({"test_labels": _LABELS - 1}, r"in \[0, 10\), got \[-1, 0, 1, 2\]"),
+    (
+      {"test_images": _IMAGES[:0], "test_labels": _LABELS[:0]},
+      r"must be there .*got \[\]",
+    ),
+    ({"train_labels": np.array([None] * 4)}, "allow_pickle"),
+  ],
+)
+def test_other_arrays_are_refused(tmp_path, changed, message):
+  arrays = {
+    "train_images": _IMAGES,
+    "train_labels": _LABELS,
+    "test_images": _IMAGES,
+    "test_labels": _LABELS,
+  }
+  np.savez(tmp_path / "cifar10.npz", **arrays)
+  data.load("cifar10", tmp_path)
+  np.savez(tmp_path / "cifar10.npz", **{**arrays, **changed})
+  with pytest.raises(ValueError, match=message) as error:
+    data.load("cifar10", tmp_path)
+  assert f"{tmp_path}/cifar10.npz does not hold cifar10" in str(error.value)
+  assert "run: python -m sparseopt_jax.data.prepare cifar10" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "damage", ["empty", "short", "flipped", "text", "lone", "array"]
+)
+def test_a_damaged_file_of_arrays_is_refused(tmp_path, damage):
+  file = tmp_path / "cifar10.npz"
+  npz_source.write(file, (_IMAGES, _LABELS), (_IMAGES, _LABELS))
+  content = bytearray(file.read_bytes())
+  if damage == "flipped":
+    content[60:90] = bytes(30)
+  whole = {
+    "empty": b"",
+    "short": content[: len(content) // 2],
+    "flipped": content,
+    "text": b"no arrays",
+  }
+  if damage == "lone":
+    np.savez(file, train_images=_IMAGES)
+  elif damage == "array":
+    with file.open("wb") as stream:
+      np.save(stream, _IMAGES)
+  else:
+    file.write_bytes(whole[damage])
+  with pytest.raises(ValueError, match="does not hold cifar10"):
+    data.load("cifar10", tmp_path)
+
+
+def test_prepare_says_what_is_missing(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
-  assert prepare.main(["cifar10"]) == 2
-  assert "pip install tensorflow" in capsys.readouterr().err
-  with pytest.raises(SystemExit, match="2"):
-    prepare.main(["digits"])
+  assert prepare.main(["cifar10", "--data-dir", str(tmp_path)]) == 2
+  assert capsys.readouterr().err == (
+    "error: needs tensorflow: pip install tensorflow\n"
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("digits", "invalid choice: 'digits'"),
+    ("", "required: name"),
+    ("imagenet2012", "--manual-dir must name a folder with ILSVRC2012_img_tra"),
+    ("imagenet2012 --manual-dir {tmp}", "lacks ILSVRC2012_img_train.tar"),
+    ("cifar10 --manual-dir {tmp}/no", "/no is not a folder"),
+  ],
+)
+def test_bad_arguments_of_prepare(tmp_path, capsys, arguments, message):
+  try:
+    code = prepare.main(arguments.format(tmp=tmp_path).split())
+  except SystemExit as end:
+    code = end.code
+  assert code == 2
+  assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
 
 
 def test_prepare_asks_for_a_format_that_needs_no_tensorflow(
@@ -466,6 +602,8 @@ def test_prepare_asks_for_a_format_that_needs_no_tensorflow(
 
   monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
   monkeypatch.setattr(tfds, "builder", Builder)
+  for split in ("train", "val"):
+    (tmp_path / f"ILSVRC2012_img_{split}.tar").touch()
   arguments = ["imagenet2012", "--data-dir", "d", "--manual-dir", str(tmp_path)]
   assert prepare.main(arguments) == 0
   (args, kwargs), manual_dir = calls

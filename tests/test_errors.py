@@ -45,6 +45,31 @@ def masks_like(kernel, bias=optax.MaskedNode()):  # noqa: B008
       TypeError,
       "output_axis.*'last'",
     ),
+    (
+      lambda: sparseopt_jax.sparseopt(0.9, distribution=["erk"]),
+      TypeError,
+      r"distribution.*\['erk'\]",
+    ),
+    (
+      lambda: sparseopt_jax.sparseopt(0.9, seed=2**63),
+      ValueError,
+      "seed.*9223372036854775808",
+    ),
+    (
+      lambda: sparseopt_jax.sparseopt(
+        0.9, seed=jax.random.split(jax.random.key(0), 3)
+      ),
+      TypeError,
+      "seed must be an int or a key",
+    ),
+    (lambda: RigL(2**31), ValueError, "update_until.*2147483648"),
+    (lambda: SET(10, 2**31), ValueError, "update_every.*2147483648"),
+    (lambda: sparseopt_jax.keep_params_sparse(None), TypeError, "inner.*None"),
+    (
+      lambda: sparseopt_jax.keep_params_sparse(optax.sgd),
+      TypeError,
+      "inner.*function sgd",
+    ),
     (lambda: sparseopt_jax.sparseopt(0.9, seed="a"), TypeError, "seed.*'a'"),
     (lambda: sparseopt_jax.sparseopt(0.9, seed=1.5), TypeError, r"seed.*1\.5"),
     (lambda: SET(10, 0), ValueError, "update_every.*0"),
@@ -73,6 +98,14 @@ def test_at_construction(make, error, message):
     ({"sparse": masks_like(True, 0)}, TypeError, "sparse.*bool.*0.*'bias'"),
     ({"corrected": {"bias": True}}, ValueError, "corrected.*structure"),
     ({"corrected": lambda path, leaf: "no"}, TypeError, "corrected.*'no'"),
+    ({"corrected": "off"}, TypeError, "corrected.*bool.*'off'"),
+    (
+      {"corrected": lambda path, leaf: path == "kernal"},
+      ValueError,
+      r"corrected.*function.*\['kernel'\]",
+    ),
+    ({"corrected": masks_like(False, True)}, ValueError, "corrected.*'bias'"),
+    ({"distribution": lambda shapes, s: [0.5]}, TypeError, r"\[0\.5\]"),
     ({"output_axis": 2}, ValueError, "output_axis.*2"),
     ({"output_axis": lambda path, leaf: None}, TypeError, "output_axis.*None"),
     (
@@ -118,6 +151,51 @@ def test_integers_and_scalars_cannot_be_sparse():
     sparseopt_jax.sparseopt(0.5, sparse=every).init({"n": jnp.arange(3)})
   with pytest.raises(ValueError, match=r"sparse.*'x'.*\(\)"):
     sparseopt_jax.sparseopt(0.5, sparse=every).init({"x": jnp.ones(())})
+
+
+def test_floats_of_eight_bits_cannot_be_sparse():
+  params = {"kernel": jnp.ones((4, 3), jnp.float8_e4m3fn)}
+  with pytest.raises(TypeError, match=r"sparse.*'kernel'.*float8"):
+    sparseopt_jax.sparseopt(0.5).init(params)
+
+
+def test_sparse_leaves_must_have_paths_of_their_own():
+  params = {"a": {"b": jnp.ones((4, 3))}, "a/b": jnp.ones((5, 3))}
+  with pytest.raises(ValueError, match=r"sparse.*two at 'a/b'"):
+    sparseopt_jax.sparseopt(0.5).init(params)
+  with pytest.raises(ValueError, match=r"sparse.*two at 'a/b'"):
+    sparseopt_jax.magnitude_masks(params, 0.5)
+
+
+def test_layers_that_are_too_large():
+  layer = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+  init = sparseopt_jax.sparseopt(0.5).init
+  assert jax.eval_shape(init, layer(2**16, 2**15 - 1)).count.shape == ()
+  with pytest.raises(ValueError, match=r"2\*\*31 - 1 weights.*65536, 32768"):
+    jax.eval_shape(init, layer(2**16, 2**15))
+
+
+@pytest.mark.parametrize(
+  "inner",
+  [
+    optax.sm3(0.1),
+    optax.lbfgs(),
+    optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
+  ],
+  ids=["sm3", "lbfgs", "line search"],
+)
+def test_states_whose_slots_cannot_be_found(inner):
+  chain = optax.chain(sparseopt_jax.sparseopt(0.5), inner)
+  chain.init(PARAMS)  # The bare chain has no need of them.
+  with pytest.raises(ValueError, match=r"inner.*map_params"):
+    sparseopt_jax.keep_params_sparse(chain).init(PARAMS)
+
+
+def test_the_message_is_short_for_a_state_of_many_leaves():
+  params = {str(i): jnp.ones(2) for i in range(100)}
+  with pytest.raises(ValueError, match="got 0 in a tuple") as error:
+    sparseopt_jax.get_masks(optax.adam(0.1).init(params))
+  assert len(str(error.value)) < 100
 
 
 @pytest.mark.parametrize("topology", [sparseopt_jax.Static(), RigL(10)])

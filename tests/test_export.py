@@ -153,7 +153,7 @@ def test_unknown_and_damaged_files_are_refused(
   [
     ("{tmp}", "{tmp}/out", "is not the folder of a finished run"),
     ("{run}", "{tmp}", "is there already"),
-    ("{run}", "{tmp}/no/out", "its folder is not"),
+    ("{run}", "{tmp}/no/out", "there is no folder"),
     ("{run}", "", "required: OUT"),
   ],
 )

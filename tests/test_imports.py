@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(sparseopt_jax.__file__).parent
 # From the bottom up; a module imports only from layers below its own.
 LAYERS = [
   {"_correction", "_distributions", "_blocks", "_leaves"},
-  {"_selection"},
+  {"_selection", "_state"},
   {"_topology", "_pruning"},
   {"_transform"},
   {"_wrappers"},

@@ -162,6 +162,23 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   assert not np.array_equal(logits, expected)
 
 
+def test_float64_reaches_the_logits():
+  with jax.enable_x64(True):
+    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1), jnp.float64)
+    model = models.create("resnet8", 10, width=8, dtype="float64")
+    variables = jax.tree.map(
+      lambda leaf: leaf.astype(jnp.float64), _init(model, images)
+    )
+    logits, state = _apply(
+      model, variables, images, train=False, capture_intermediates=True
+    )
+  assert logits.dtype == np.float64
+  features = np.asarray(state["intermediates"]["BasicBlock_2"]["__call__"][0])
+  kernel = np.asarray(variables["params"]["Dense_0"]["kernel"])
+  expected = features.mean((1, 2)) @ kernel  # The bias starts at zero.
+  np.testing.assert_allclose(logits, expected, rtol=1e-12)
+
+
 def test_batch_statistics():
   """New = 0.9 * old + 0.1 * that of the batch; epsilon is 1e-5."""
   model = models.create("resnet8", 10, width=8)

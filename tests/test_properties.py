@@ -107,7 +107,7 @@ def _two_steps(shape, kind):
       "mask": sparseopt_jax.get_masks(opt_state),
       "momentum": trace.trace,
       "fan_in": link.fan_in,
-      "scale": link.scale,
+      "correction": link.correction,
       "metrics": sparseopt_jax.sparsity_metrics(opt_state),
     }
 
@@ -138,7 +138,9 @@ def _check_mask_update(example):
     got["fan_in"].ravel(), oracle.fan_ins(got["mask"], axis).ravel()
   )
   np.testing.assert_allclose(
-    got["scale"].ravel(), oracle.factors(got["mask"], axis).ravel(), rtol=1e-6
+    got["correction"].ravel(),
+    oracle.factors(got["mask"], axis).ravel(),
+    rtol=1e-6,
   )
   assert metrics["skipped_updates"] == record.skipped_updates
   assert metrics["dead_neurons"] == record.dead_neurons

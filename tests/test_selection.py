@@ -114,14 +114,15 @@ def test_float64():
     np.testing.assert_array_equal(chosen[0], [[True, True, False]])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("large", [0, 2, 24, 10**6])
-def test_blocks_of_any_size_select_the_same(large, monkeypatch):
-  expected = _check(np.float32, 7, 0.5)
-  monkeypatch.setattr(_blocks, "_LARGE", large)
-  monkeypatch.setattr(_blocks, "_ROW", 4)
-  got = _check(
-    np.float32, 7, 0.5, jax.jit(select.__wrapped__, static_argnums=0)
-  )
+def test_blocks_of_any_size_select_the_same(large, dtype, monkeypatch):
+  with jax.enable_x64(dtype == np.float64):
+    expected = [_check(dtype, 7, fraction) for fraction in (0.0, 0.5)]
+    monkeypatch.setattr(_blocks, "_LARGE", large)
+    monkeypatch.setattr(_blocks, "_ROW", 4)
+    run = jax.jit(select.__wrapped__, static_argnums=0)
+    got = [_check(dtype, 7, fraction, run) for fraction in (0.0, 0.5)]
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 

@@ -281,3 +281,55 @@ def test_set_grows_uniformly_among_the_inactive():
   # 21 candidates, 100 each, standard deviation sqrt(100 * 20 / 21) = 9.8
   assert abs(came_back - 100) < 45
   assert np.all(np.abs(counts[params["kernel"] <= 20] - 100) < 45)
+
+
+def test_nothing_is_dropped_in_float64_where_the_fraction_is_zero():
+  """Also where an active weight at index 0 is exactly 0."""
+  mask = np.random.default_rng(0).random((96, 128)) < 0.1
+  mask[0, 0] = True
+  topology = sparseopt_jax.RigL(100, 1, drop_fraction=0.0)
+  with jax.enable_x64(True):
+    params = {"kernel": jnp.zeros(mask.shape)}
+    tx = sparseopt_jax.sparseopt(0.9, topology, masks={"kernel": mask})
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+      _, opt_state = update(params, opt_state, params)
+    got = sparseopt_jax.get_masks(opt_state)["kernel"]
+  np.testing.assert_array_equal(got, mask)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "value", "skipped"),
+  [
+    ("float64", 1e39, 0),
+    ("float64", np.inf, 1),
+    ("complex64", complex(1, np.inf), 1),
+    ("complex64", complex(1, -1), 0),
+  ],
+)
+def test_finite_is_told_in_the_gradients_own_dtype(dtype, value, skipped):
+  with jax.enable_x64(dtype == "float64"):
+    params = {"kernel": jnp.ones((6, 5)), "other": jnp.ones(3, dtype)}
+    gradients = params | {"other": params["other"].at[1].set(value)}
+    tx = sparseopt_jax.sparseopt(0.5, sparseopt_jax.RigL(100, 1))
+    opt_state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+      _, opt_state = update(gradients, opt_state, params)
+    metrics = sparseopt_jax.sparsity_metrics(opt_state)
+  assert int(metrics["skipped_updates"]) == skipped
+
+
+def _checksum(seed):
+  tx = sparseopt_jax.sparseopt(0.5, seed=seed)
+  return int(sparseopt_jax.masks_checksum(tx.init({"k": jnp.ones((64, 64))})))
+
+
+def test_every_bit_of_a_seed_counts():
+  seeds = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, -1]
+  assert len({_checksum(seed) for seed in seeds}) == len(seeds)
+
+
+def test_seeds_from_numpy_are_those_of_python_and_jax():
+  assert _checksum(np.array(3)) == _checksum(np.int64(3)) == _checksum(3)
+  words = np.array([1, 2], np.uint32)
+  assert _checksum(words) == _checksum(jnp.asarray(words))

@@ -321,7 +321,9 @@ def test_layers_of_one_shape_but_different_axes():
     fan_in = oracle.fan_ins(masks[name], axis)
     np.testing.assert_array_equal(np.ravel(state.fan_in[name]), fan_in)
     np.testing.assert_allclose(
-      np.ravel(state.scale[name]), oracle.factors(masks[name], axis), rtol=1e-6
+      np.ravel(state.correction[name]),
+      oracle.factors(masks[name], axis),
+      rtol=1e-6,
     )
 
 
@@ -352,3 +354,71 @@ def test_exact_zeros_in_every_pair_of_dtypes(dtype, slots):
       assert not np.any(new[name][~masks[name]])
   assert dtypes(opt_state) == expected
   assert dtypes(new) == dtypes(params)
+
+
+# --- Leaves that cannot be sparse, and rules for leaves -----------------------
+
+
+def test_empty_leaves_and_scalars_stay_dense():
+  params = {"a": _array(6, 4), "e": {"kernel": jnp.zeros((0, 3))}, "t": 1.0}
+  opt_state = sparseopt_jax.sparseopt_sgd(0.1, 0.5, RIGL).init(params)
+  assert _paths(sparseopt_jax.get_masks(opt_state)) == ["a"]
+
+
+@pytest.mark.parametrize("value", [True, np.True_])
+def test_rules_may_be_prefixes_as_for_optax_masked(value):
+  params = {
+    "net": {"a": {"kernel": _array(6, 4)}, "b": {"kernel": _array(4, 4)}},
+    "head": {"kernel": _array(4, 3), "bias": _array(3)},
+  }
+  everything = {
+    "net": {"a": {"kernel": True}, "b": {"kernel": True}},
+    "head": {"kernel": False, "bias": False},
+  }
+  prefix = {"net": value, "head": False}
+  for name in ("sparse", "corrected"):
+    got, expected = (
+      sparseopt_jax.sparseopt(0.5, **{name: rule}).init(params)
+      for rule in (prefix, everything)
+    )
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_false_of_numpy_turns_the_correction_off():
+  params = {"a": _array(6, 4)}
+  state = sparseopt_jax.sparseopt(0.5, corrected=np.False_).init(params)
+  assert not jax.tree.leaves(state.correction)
+
+
+# --- Strict promotion ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "topology",
+  [
+    sparseopt_jax.Static(),
+    sparseopt_jax.SET(100, 2),
+    sparseopt_jax.RigL(100, 2, grow_from="corrected"),
+    sparseopt_jax.RigL(100, 2, accumulate=2),
+  ],
+  ids=["static", "set", "rigl", "accumulate"],
+)
+def test_strict_dtype_promotion(dtype, topology):
+  params = {"a": _array(6, 4).astype(dtype), "b": _array(4).astype(dtype)}
+  tx = sparseopt_jax.keep_params_sparse(
+    optax.chain(
+      sparseopt_jax.sparseopt(0.5, topology),
+      sparseopt_jax.ham(optax.sgd(0.1, momentum=0.9), 0.1),
+    )
+  )
+  expected = _train(tx, params)
+  with jax.numpy_dtype_promotion("strict"):
+    got = _train(tx, params)
+    opt_state = tx.init(params)
+    sparseopt_jax.sparsity_metrics(opt_state)
+    sparseopt_jax.masks_checksum(opt_state)
+    sparseopt_jax.correct(params["a"], got[2]["a"])
+    sparseopt_jax.magnitude_masks(params, 0.5)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)

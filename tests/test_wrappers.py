@@ -348,3 +348,98 @@ def test_update_needs_params():
   opt_state = tx.init(_tree(0))
   with pytest.raises(ValueError, match="params must be passed"):
     tx.update(_tree(1), opt_state)
+
+
+# --- Layouts of their own -----------------------------------------------------
+
+
+def _conv_and_dense(seed):
+  return {"conv": {"kernel": _draw(seed, 3, 3, 2, 4)}, "dense": _tree(seed)}
+
+
+def _final(tx, steps=8):
+  params = _conv_and_dense(0)
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  first = sparseopt_jax.get_masks(opt_state)["conv"]["kernel"]
+  step = _stepper(tx)
+  for i in range(steps):
+    params, opt_state = step(_conv_and_dense(1 + i), opt_state, params)
+  mask = sparseopt_jax.get_masks(opt_state)["conv"]["kernel"]
+  assert (mask != first).any()
+  assert not np.any(params["conv"]["kernel"][~mask])
+  return params, opt_state
+
+
+def _masked_link(mask):
+  link = optax.masked(sparseopt_jax.sparseopt(0.5, RIGL), mask)
+  return keep(optax.chain(link, optax.sgd(0.1, momentum=0.9)))
+
+
+def _partitioned(labels):
+  sparse = optax.chain(
+    sparseopt_jax.sparseopt(0.5, RIGL), optax.sgd(0.1, momentum=0.9)
+  )
+  return keep(optax.partition({True: sparse, False: optax.adam(0.1)}, labels))
+
+
+@pytest.mark.parametrize("make", [_masked_link, _partitioned])
+def test_prefix_trees_inside(make):
+  """Optax takes a prefix; then a MaskedNode stands for a whole subtree."""
+  full = {
+    "conv": {"kernel": True},
+    "dense": {"kernel": False, "bias": False},
+  }
+  params, _ = _final(make({"conv": True, "dense": False}))
+  expected, _ = _final(make(full))
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_wrapped_twice_is_wrapped_once():
+  chain = optax.chain(
+    sparseopt_jax.sparseopt(0.5, RIGL), optax.sgd(0.1, momentum=0.9)
+  )
+  got, expected = _final(keep(keep(chain))), _final(keep(chain))
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_the_state_of_reduce_on_plateau_is_found_by_name():
+  tx = keep(
+    optax.chain(
+      sparseopt_jax.sparseopt(0.5),
+      optax.sgd(0.1),
+      optax.contrib.reduce_on_plateau(),
+    )
+  )
+  opt_state = tx.init(_tree(0))
+  assert float(optax.tree.get(opt_state, "scale")) == 1.0
+  new = optax.tree.set(opt_state, scale=jnp.float32(0.5))
+  jax.tree.map(np.testing.assert_array_equal, new[0], opt_state[0])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("wrap", [keep, lambda tx: tx])
+def test_reverse_mode_agrees_with_forward_mode(wrap, accumulate):
+  """Through mask updates, with respect to the learning rate."""
+  topology = sparseopt_jax.RigL(100, 2, accumulate=accumulate)
+
+  def loss(rate):
+    tx = wrap(
+      optax.chain(sparseopt_jax.sparseopt(0.5, topology), optax.sgd(rate, 0.9))
+    )
+    params, opt_state = _start(tx)
+
+    def step(carry, _):
+      params, opt_state = carry
+      gradients = jax.tree.map(lambda x: x * x + x, params)
+      updates, opt_state = tx.update(gradients, opt_state, params)
+      return (optax.apply_updates(params, updates), opt_state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, opt_state), None, length=5)
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+  reverse = jax.jit(jax.grad(loss))(0.01)
+  _, forward = jax.jit(lambda rate: jax.jvp(loss, (rate,), (1.0,)))(0.01)
+  assert abs(float(reverse)) > 1
+  np.testing.assert_allclose(reverse, forward, rtol=1e-5)

@@ -6,20 +6,26 @@ says.
 """
 
 import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
 
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import compilation
+from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.benchmarks import optimizer
 from sparseopt_jax.benchmarks import scaling
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
+from sparseopt_jax.training import cli
+from sparseopt_jax.training.errors import UsageError
 
 _NEVER = 2**30
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.Parser:
   """The command line."""
-  top = argparse.ArgumentParser(
+  top = cli.Parser(
     prog="python -m sparseopt_jax.benchmarks", description=__doc__
   )
   commands = top.add_subparsers(dest="command", required=True)
@@ -30,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     ("memory", "bytes of the state and of the compiled program"),
     ("scaling", "the mask update by number of weights and layers"),
     ("training-step", "the whole step between mask updates"),
+    ("input", "images a second of the input, against the trainer's step"),
   ):
     command = commands.add_parser(name, help=text)
     command.add_argument("--sparsity", type=float, default=0.9)
@@ -41,11 +48,12 @@ def parser() -> argparse.ArgumentParser:
       command.add_argument(
         "--topology", choices=["SET", "RigL"], default="RigL"
       )
-    elif name == "training-step":
+    elif name in ("training-step", "input"):
       command.add_argument("--model", choices=models.NAMES, default="resnet20")
       command.add_argument("--batch-size", type=int, default=128)
-      command.add_argument("--image-size", type=int, default=32)
       command.add_argument("--precision", default="float32")
+      if name == "training-step":
+        command.add_argument("--image-size", type=int, default=32)
     else:
       command.add_argument(
         "--model", choices=optimizer.TREES, default="resnet50"
@@ -53,9 +61,29 @@ def parser() -> argparse.ArgumentParser:
   return top
 
 
-def main(arguments: list[str] | None = None) -> None:
-  """Runs one benchmark."""
-  args = parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command and returns its exit code."""
+
+  def command() -> None:
+    args = parser().parse_args(arguments)
+    _check(args)
+    _run(args)
+
+  return cli.run(command)
+
+
+def _check(args: argparse.Namespace) -> None:
+  if not 0 <= args.sparsity < 1:
+    raise UsageError(f"--sparsity must be in [0, 1), got {args.sparsity}")
+  for name in ("repeats", "batch_size"):
+    if getattr(args, name, 1) < 1:
+      flag = f"--{name.replace('_', '-')}"
+      raise UsageError(f"{flag} must be at least 1, got {getattr(args, name)}")
+  if args.output and not pathlib.Path(args.output).parent.is_dir():
+    raise UsageError(f"--output {args.output}: there is no such folder")
+
+
+def _run(args: argparse.Namespace) -> None:
   name = f"{args.command}, {args.sparsity:.0%} sparse"
   if args.command == "scaling":
     name += f", {args.topology}"
@@ -70,6 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
       args.repeats,
       args.precision,
     )
+  elif args.command == "input":
+    name += f", {args.model}"
+    rows = input_pipeline.run(
+      args.model, args.batch_size, args.sparsity, args.repeats, args.precision
+    )
   else:
     name += f", {args.model}"
     rows = _on_tree(args)
@@ -81,9 +114,9 @@ def _on_tree(args: argparse.Namespace) -> dict[str, dict]:
     return compilation.first_call(args.model, args.sparsity, args.repeats)
   if args.command == "memory":
     return compilation.memory(args.model, args.sparsity)
-  calls, every = (1, 1) if args.command == "mask-update" else (3, _NEVER)
+  calls, every = (1, 1) if args.command == "mask-update" else (10, _NEVER)
   return optimizer.run(args.model, args.sparsity, args.repeats, calls, every)
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -1,6 +1,7 @@
 """Times several programs in turn, so that a drifting machine hits all alike."""
 
 from collections.abc import Callable, Mapping
+import functools
 import json
 import os
 import platform
@@ -143,15 +144,31 @@ def report(name: str, rows: dict[str, dict], output: str | None) -> None:
 def optimizers(
   learning_rate: float, sparsity: float, update_every: int
 ) -> dict[str, optax.GradientTransformation]:
-  """Plain SGD with momentum, and the three topologies around it."""
+  """Plain SGD with momentum, and the three topologies around it.
+
+  Those 'told' get `update_masks` from the host, the others find out for
+  themselves, on the device.
+
+  Args:
+    learning_rate: Of all.
+    sparsity: Fraction of zeros.
+    update_every: 1 for a mask update in each step; a large number for none.
+  """
   forever = 2**31 - 1
   topologies: dict[str, Any] = {
     "static": sparseopt_jax.Static(),
     "SET": sparseopt_jax.SET(forever, update_every),
     "RigL": sparseopt_jax.RigL(forever, update_every),
   }
-  sparse = {
+  found = {
     name: sparseopt_jax.sparseopt_sgd(learning_rate, sparsity, topology)
     for name, topology in topologies.items()
   }
-  return {"plain": optax.sgd(learning_rate, momentum=0.9), **sparse}
+  for name in ("SET", "RigL"):
+    update = functools.partial(
+      found[name].update, update_masks=update_every == 1
+    )
+    found[f"{name}, told"] = optax.GradientTransformationExtraArgs(
+      found[name].init, update
+    )
+  return {"plain": optax.sgd(learning_rate, momentum=0.9), **found}

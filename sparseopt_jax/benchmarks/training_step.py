@@ -94,7 +94,7 @@ def run(
   for row in rows.values():
     row["images_per_second"] = 1e3 * batch_size / row["milliseconds"]
   for name in ("SET", "RigL"):
-    between, update = rows[name], rows[f"{name}, mask update"]
-    extra = (update["ratio"] - between["ratio"]) / 100
-    between["amortised_ratio"] = between["ratio"] + extra
+    extra = rows[f"{name}, mask update"]["ratio"] - rows[name]["ratio"]
+    for row in (rows[name], rows[f"{name}, told"]):
+      row["amortised_ratio"] = row["ratio"] + extra / 100
   return rows

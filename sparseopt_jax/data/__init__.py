@@ -36,8 +36,9 @@ def load(
   """Opens a data set; downloads nothing.
 
   `digits` comes with scikit-learn. The others are read from what
-  `python -m sparseopt_jax.data.prepare` has left in `data_dir`; they need the
-  extra `tfds`, but not TensorFlow.
+  `python -m sparseopt_jax.data.prepare` has left in `data_dir`: the small ones
+  from `<name>.npz` if it is there, with NumPy alone, else as TensorFlow
+  Datasets has prepared them, which needs the extra `tfds`, but not TensorFlow.
 
   Args:
     name: One of `NAMES`.
@@ -50,7 +51,8 @@ def load(
     The data set. Small ones are held in memory as a whole; ImageNet streams.
 
   Raises:
-    ValueError: An unknown `name`, or an `image_size` that cannot be had.
+    ValueError: An unknown `name`, an `image_size` that cannot be had, or a
+      `<name>.npz` that holds something else.
     DataNotPreparedError: The data set is not in `data_dir`.
 
   Examples:

@@ -6,22 +6,34 @@ from collections.abc import Iterator
 import dataclasses
 import itertools
 import os
+from typing import NamedTuple
 
 import numpy as np
 
+from sparseopt_jax.data import npz_source
 from sparseopt_jax.data import order
 from sparseopt_jax.data import tfds_source
 from sparseopt_jax.data.dataset import Batch
 from sparseopt_jax.data.dataset import Dataset
 
-Arrays = tuple[np.ndarray, np.ndarray]
+Arrays = npz_source.Arrays
+
+
+class _Kind(NamedTuple):
+  """What is known of a data set before it is read; see `Dataset`."""
+
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  pad: int
+  flip: bool
+
 
 # Digits lose their meaning when they are mirrored, clothes do not.
-_PAD_AND_FLIP = {
-  "digits": (1, False),
-  "fashion_mnist": (2, True),
-  "cifar10": (4, True),
-  "cifar100": (4, True),
+_KINDS = {
+  "digits": _Kind(10, (8, 8, 1), pad=1, flip=False),
+  "fashion_mnist": _Kind(10, (28, 28, 1), pad=2, flip=True),
+  "cifar10": _Kind(10, (32, 32, 3), pad=4, flip=True),
+  "cifar100": _Kind(100, (32, 32, 3), pad=4, flip=True),
 }
 
 
@@ -62,25 +74,33 @@ class InMemory(Dataset):
 
 def load(name: str, data_dir: str | os.PathLike[str] | None) -> InMemory:
   """Reads a small data set; see `sparseopt_jax.data.load`."""
-  if name == "digits":
-    num_classes, train, test = _read_digits()
-  else:
-    num_classes, train, test = _read_tfds(name, data_dir)
+  kind = _KINDS[name]
+  train, test = _read(name, data_dir)
   mean, std = channel_statistics(train[0])
-  pad, flip = _PAD_AND_FLIP[name]
   return InMemory(
     name=name,
-    num_classes=num_classes,
-    image_shape=train[0].shape[1:],
     num_train=len(train[1]),
     num_test=len(test[1]),
     mean=mean,
     std=std,
-    pad=pad,
-    flip=flip,
     train=train,
     test=test,
+    **kind._asdict(),
   )
+
+
+def read_prepared(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[Arrays, Arrays]:
+  """Decodes what TensorFlow Datasets has prepared: training set, test set.
+
+  Raises:
+    DataNotPreparedError: The data set is not in `data_dir`.
+    ModuleNotFoundError: The extra `tfds` is not installed.
+  """
+  _, sources = tfds_source.open_splits(name, data_dir, ("train", "test"))
+  train, test = (_stack(tfds_source.read_all(source)) for source in sources)
+  return train, test
 
 
 def channel_statistics(
@@ -106,7 +126,22 @@ def channel_statistics(
   return tuple(means), tuple(stds)
 
 
-def _read_digits() -> tuple[int, Arrays, Arrays]:
+def _read(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> tuple[Arrays, Arrays]:
+  if name == "digits":
+    return _read_digits()
+  file = npz_source.path(name, data_dir)
+  if file.exists():
+    kind = _KINDS[name]
+    return npz_source.read(file, kind.image_shape, kind.num_classes)
+  try:
+    return read_prepared(name, data_dir)
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"there is no {file}, and {error}") from error
+
+
+def _read_digits() -> tuple[Arrays, Arrays]:
   """Scikit-learn's digits, 80 % for training, the same split in every run."""
   from sklearn import datasets
   from sklearn import model_selection
@@ -123,15 +158,7 @@ def _read_digits() -> tuple[int, Arrays, Arrays]:
       stratify=labels,
     )
   )
-  return 10, (train_images, train_labels), (test_images, test_labels)
-
-
-def _read_tfds(
-  name: str, data_dir: str | os.PathLike[str] | None
-) -> tuple[int, Arrays, Arrays]:
-  info, sources = tfds_source.open_splits(name, data_dir, ("train", "test"))
-  train, test = (_stack(tfds_source.read_all(source)) for source in sources)
-  return info.features["label"].num_classes, train, test
+  return (train_images, train_labels), (test_images, test_labels)
 
 
 def _stack(examples: list[dict[str, np.ndarray]]) -> Arrays:

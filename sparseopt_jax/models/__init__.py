@@ -42,8 +42,8 @@ def create(
     num_classes: Number of classes.
     width: Channels of the first stage; by default 16 for small images and 64
       for resnet50.
-    dtype: What to compute in. Parameters, batch statistics and logits are
-      float32 in any case.
+    dtype: What to compute in. Parameters and batch statistics are float32 in
+      any case, the logits at least float32.
     axis_name: The mapped axis (of `pmap` or `vmap`) over which batch
       normalisation takes its statistics; None: each replica takes its own.
 

@@ -133,8 +133,9 @@ class ResNet(nn.Module):
     width: Channels (`features`) of the first stage.
     large_images: Whether to begin with ImageNet's 7x7 convolution of stride 2
       and 3x3 max pooling of stride 2, or with a 3x3 convolution.
-    dtype: What to compute in; parameters, batch statistics, the mean over
-      positions, the classifier and the logits are float32.
+    dtype: What to compute in; parameters and batch statistics are float32, and
+      so are the mean over positions, the classifier and the logits, unless
+      `dtype` is wider.
     axis_name: Mapped axis of the batch statistics, or None.
   """
 
@@ -156,7 +157,7 @@ class ResNet(nn.Module):
         collection `batch_stats`) or the running ones.
 
     Returns:
-      Logits, float32 (b, num_classes).
+      Logits, (b, num_classes), of at least float32.
     """
     if self.large_images:
       x = _conv(self.width, 7, 2, dtype=self.dtype)(images)
@@ -170,6 +171,6 @@ class ResNet(nn.Module):
         stride = 2 if stage and not index else 1
         features = self.width * 2**stage
         x = self.block(features, stride, self.dtype, self.axis_name)(x, train)
-    x = x.astype(jnp.float32).mean(axis=(1, 2))
+    x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
     # No ReLU follows, so Flax's own initialisation: variance 1 / fan-in.
     return nn.Dense(self.num_classes)(x)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparseopt_jax import compare
 from sparseopt_jax.training import cli
+from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -144,8 +145,8 @@ def chosen_rates(
   return rates
 
 
-def parser(study: str, description: str) -> cli.Parser:
-  """The flags that the studies of trained networks share."""
+def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
+  """The flags that all studies of trained networks share."""
   found = cli.Parser(
     prog=f"python -m sparseopt_jax.studies {study}", description=description
   )
@@ -160,16 +161,8 @@ def parser(study: str, description: str) -> cli.Parser:
   found.add_argument(
     "--width", type=int, default=8, help="channels of the first stage [8]"
   )
-  found.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... [5]")
   found.add_argument(
-    "--learning-rates",
-    type=float,
-    nargs="+",
-    default=[0.05, 0.1, 0.2, 0.4],
-    help="of which the best is taken, for each arm by itself",
-  )
-  found.add_argument(
-    "--tuning-epochs", type=int, default=2, help="of the runs that choose [2]"
+    "--seeds", type=int, default=seeds, help="seeds 0, 1, ... [%(default)s]"
   )
   found.add_argument(
     "--jobs", type=int, default=1, help="runs to train at a time [1]"
@@ -180,15 +173,60 @@ def parser(study: str, description: str) -> cli.Parser:
   return found
 
 
+def add_conditions(parser: cli.Parser, default: Sequence[str]) -> None:
+  """The flag that says which topologies and sparsities."""
+  parser.add_argument(
+    "--conditions",
+    nargs="+",
+    default=list(default),
+    help="such as rigl-90 set-95 static-97",
+  )
+
+
+def add_tuning(parser: cli.Parser) -> None:
+  """The flags of a study that chooses the learning rate of each arm."""
+  parser.add_argument(
+    "--learning-rates",
+    type=float,
+    nargs="+",
+    default=[0.05, 0.1, 0.2, 0.4],
+    help="of which the best is taken, for each arm by itself",
+  )
+  parser.add_argument(
+    "--tuning-epochs", type=int, default=2, help="of the runs that choose [2]"
+  )
+
+
+def add_training(parser: cli.Parser) -> None:
+  """The flags of a study with one budget and one learning rate."""
+  parser.add_argument("--epochs", type=int, default=4, help="of a run [4]")
+  parser.add_argument(
+    "--learning-rate", type=float, default=0.1, help="of SGD, in all arms [0.1]"
+  )
+
+
+def nothing_there(args: argparse.Namespace) -> str:
+  """What a study says that has no run to report."""
+  return f"--out {args.out}: no run is there; leave out --report to train them"
+
+
 def check(args: argparse.Namespace) -> None:
-  """Raises UsageError for a flag out of its range."""
-  for flag in ("seeds", "jobs", "tuning_epochs"):
-    if getattr(args, flag) < 1:
-      raise UsageError(
-        f"--{flag.replace('_', '-')} must be at least 1, got "
-        f"{getattr(args, flag)}"
-      )
+  """Raises UsageError for a flag of all studies out of its range."""
+  _check_positive(args, "seeds", "jobs")
   for condition in args.conditions:
     parse_condition(condition)
+
+
+def check_tuning(args: argparse.Namespace) -> None:
+  """Raises UsageError for a flag of `add_tuning` out of its range."""
+  _check_positive(args, "tuning_epochs")
   for rate in args.learning_rates:
     config(args, TUNED_ON, BASELINE, 2, rate, 0)
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+  for each in names:
+    if getattr(args, each) < 1:
+      raise UsageError(
+        f"{config_lib.flag(each)} must be at least 1, got {getattr(args, each)}"
+      )

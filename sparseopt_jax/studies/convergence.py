@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import PercentFormatter
 import numpy as np
 
@@ -130,16 +131,6 @@ def compare_pairs(
   }
 
 
-def _percent(value: Sequence[float]) -> str:
-  return f"{100 * value[0]:.2f} ± {100 * value[1]:.2f}"
-
-
-def _number(value: Sequence[float] | None) -> str:
-  if value is None or math.isnan(value[0]):
-    return "-"
-  return f"{value[0]:.2f} ± {value[1]:.2f}"
-
-
 def table(results: dict[str, dict[str, Any]]) -> str:
   """A line a condition and budget."""
   header = [
@@ -158,18 +149,18 @@ def table(results: dict[str, dict[str, Any]]) -> str:
   rows = [header]
   for label, row in results.items():
     levels = [
-      " | ".join(map(_number, row["epochs_to"][f"{level:.0%}"]))
+      " | ".join(map(report.number, row["epochs_to"][f"{level:.0%}"]))
       for level in LEVELS
     ]
     rows.append(
       [
         label,
         str(row["seeds"]),
-        _percent(row["baseline"]),
-        _percent(row["sparseopt"]),
-        _percent(row["difference"]),
-        _percent(row["train_difference"]),
-        _number(row["speedup"]),
+        report.percent(row["baseline"]),
+        report.percent(row["sparseopt"]),
+        report.percent(row["difference"]),
+        report.percent(row["train_difference"]),
+        report.number(row["speedup"]),
         str(row["never"]),
         *levels,
         " | ".join(f"{100 * x:.1f}" for x in row["itop_rate"]),
@@ -212,10 +203,11 @@ def _curves(
           lw=0,
         )
   axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _forest(axis: Axes, results: dict[str, dict[str, Any]]) -> None:
-  axis.set_title("Gain of SparseOpt in points of test accuracy, 95 % interval")
+  axis.set_title("Gain of SparseOpt, points")
   for index, (mean, half) in enumerate(
     row["difference"] for row in results.values()
   ):
@@ -249,7 +241,9 @@ def figure(
           run.lines[-1]["test_accuracy"] for p in paired for run in p
         )
         axis.set_ylim(lowest - 0.08, None)
-  axes[0, 0].legend(loc="lower right", title="test; dotted: training")
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  title = "test accuracy (dotted: training), mean and 95 % interval"
+  left.legend(handles, labels, loc="outside upper center", ncols=3, title=title)
   for axis in axes[-1]:
     axis.set_xlabel("epoch")
   _forest(right.subplots(), results)
@@ -295,10 +289,13 @@ def _report(
     f"epochs: {', '.join(f'{r:g}: {a:.2%}' for r, a in by_rate.items())}"
     for label, by_rate in tuning.items()
   ]
-  lines += [f"dense, {e} epochs: {_percent(x)} %" for e, x in dense.items()]
+  lines += [
+    f"dense, {e} epochs: {report.percent(x)} %" for e, x in dense.items()
+  ]
   raw = {
     "model": args.model,
     "width": args.width,
+    "trained_on": grid.trained_on(args.out, [*tuned, *runs]),
     "rates": rates,
     "tuning": tuning,
     "dense": dense,
@@ -318,6 +315,7 @@ def study(args: argparse.Namespace, command: str) -> None:
       `--report` forbids to train.
   """
   cells.check(args)
+  cells.check_tuning(args)
   tuning = cells.tuning(args, ARMS)
   jobs = 0 if args.report else args.jobs
   tuned = grid.run(tuning, args.out, jobs)
@@ -329,12 +327,8 @@ def study(args: argparse.Namespace, command: str) -> None:
 def main(arguments: Sequence[str]) -> int:
   """Runs the command and returns its exit code."""
   parser = cells.parser(NAME, (__doc__ or "").splitlines()[0])
-  parser.add_argument(
-    "--conditions",
-    nargs="+",
-    default=["rigl-90", "rigl-95", "rigl-97", "set-95"],
-    help="such as rigl-90 set-95 static-97",
-  )
+  cells.add_conditions(parser, ["rigl-90", "rigl-95", "rigl-97", "set-95"])
+  cells.add_tuning(parser)
   parser.add_argument(
     "--budgets", type=int, nargs="+", default=[2, 4], help="epochs [2 4]"
   )

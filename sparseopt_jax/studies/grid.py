@@ -6,7 +6,7 @@ last checkpoint, and the order does not matter: the folders are all there is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -27,9 +27,17 @@ _FIRST = concurrent.futures.FIRST_COMPLETED
 _NOT_SHOWN = ("workdir", "resume", "keep_checkpoints", "data_dir")
 _stopped = False
 
+# Makes an optimiser, with the arguments of `training.optimizer.create`; a
+# function of a module, so that it can be sent to a worker.
+Factory = Callable[..., Any]
+_NONE: Mapping[str, Factory] = {}
+
 
 def run(
-  cells: Mapping[str, Config], folder: pathlib.Path, jobs: int
+  cells: Mapping[str, Config],
+  folder: pathlib.Path,
+  jobs: int,
+  factories: Mapping[str, Factory] = _NONE,
 ) -> dict[str, compare.Run]:
   """Trains what is not there yet.
 
@@ -38,6 +46,7 @@ def run(
     folder: Of all the runs.
     jobs: How many to train at a time, each in a process of its own; 0 trains
       none.
+    factories: The optimisers of runs whose flags do not tell theirs, by name.
 
   Returns:
     The runs that are complete, by name.
@@ -54,7 +63,7 @@ def run(
   }
   if open_cells and jobs:
     print(f"{len(cells) - len(open_cells)} of {len(cells)} runs are there")
-    _train_all(open_cells, jobs)
+    _train_all(open_cells, jobs, factories)
   return collect(cells, folder)
 
 
@@ -87,7 +96,9 @@ def _placed(config: Config, path: pathlib.Path) -> Config:
   )
 
 
-def _train_all(cells: Mapping[str, Config], jobs: int) -> None:
+def _train_all(
+  cells: Mapping[str, Config], jobs: int, factories: Mapping[str, Factory]
+) -> None:
   # Several processes share an accelerator only if none takes all its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   # In sessions of their own, so that a signal reaches each worker once.
@@ -95,12 +106,16 @@ def _train_all(cells: Mapping[str, Config], jobs: int) -> None:
     jobs, multiprocessing.get_context("spawn"), os.setsid
   )
   with signals.StopRequest() as stop, pool:
-    names = {pool.submit(_train, cell): name for name, cell in cells.items()}
-    failed = _wait_for(names, stop)
+    futures = {
+      pool.submit(_train, cell, factories.get(name)): name
+      for name, cell in cells.items()
+    }
+    failed = _wait_for(futures, stop)
   if stop.number:
     raise signals.Interrupted(stop.number)
   if failed:
-    raise RunError(f"{len(failed)} runs failed: {', '.join(failed)}")
+    names = ", ".join(failed)
+    raise RunError(f"{len(failed)} runs failed, see their .log files: {names}")
 
 
 def _wait_for(
@@ -123,7 +138,7 @@ def _wait_for(
   return failed
 
 
-def _train(config: Config) -> str:
+def _train(config: Config, factory: Factory | None) -> str:
   """In a worker: trains one run, unless a signal has come."""
   global _stopped
   if _stopped:
@@ -141,7 +156,8 @@ def _train(config: Config) -> str:
     signals.StopRequest() as stop,
   ):
     try:
-      summary = train.train(config, stop, _command(config))
+      command = _command(config, factory)
+      summary = train.train(config, stop, command, factory)
     except signals.Interrupted as end:
       _stopped = True
       return str(end)
@@ -151,9 +167,12 @@ def _train(config: Config) -> str:
   return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
 
 
-def _command(config: Config) -> str:
+def _command(config: Config, factory: Factory | None) -> str:
   """The command that trains this run alone."""
-  return f"python -m sparseopt_jax.train {' '.join(flags(config))}"
+  command = f"python -m sparseopt_jax.train {' '.join(flags(config))}"
+  if factory is None:
+    return command
+  return f"{command} (optimiser: {factory.__module__}.{factory.__name__})"
 
 
 def flags(config: Config) -> list[str]:
@@ -174,6 +193,14 @@ def flags(config: Config) -> list[str]:
   return words
 
 
-def read_summary(folder: pathlib.Path) -> dict[str, Any]:
-  """What a complete run says about itself."""
-  return json.loads((folder / folder_lib.SUMMARY).read_text())
+def trained_on(
+  folder: pathlib.Path, names: Iterable[str]
+) -> list[dict[str, Any]]:
+  """Devices and versions that these complete runs have come from."""
+  found: list[dict[str, Any]] = []
+  for name in names:
+    summary = json.loads((folder / name / folder_lib.SUMMARY).read_text())
+    one = {key: summary[key] for key in ("device", "platform", "versions")}
+    if one not in found:
+      found.append(one)
+  return found

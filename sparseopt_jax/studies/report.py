@@ -35,6 +35,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
   return mean, float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
+def percent(value: Sequence[float]) -> str:
+  """An `interval` of fractions, in percent."""
+  return number([100 * x for x in value])
+
+
+def number(value: Sequence[float] | None) -> str:
+  """An `interval`; one number alone without its width."""
+  if value is None or math.isnan(value[0]):
+    return "-"
+  mean, half = value
+  return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
+
+
 def save(
   folder: pathlib.Path,
   name: str,

@@ -43,7 +43,8 @@ def dataset(config: Config) -> data.dataset.Dataset:
   """Opens the data set.
 
   Raises:
-    UsageError: If it is not there, or too small for one batch.
+    UsageError: If it is not there, too small for one batch, or to be gone
+      through too often.
   """
   try:
     found = data.load(config.dataset, config.data_dir, config.image_size)
@@ -54,17 +55,26 @@ def dataset(config: Config) -> data.dataset.Dataset:
       f"--batch-size must be at most {found.num_train}, the number of training "
       f"images of {found.name}, got {config.batch_size}"
     )
+  epoch = found.steps_per_epoch(config.batch_size)
+  if config.epochs * epoch >= 2**31:
+    raise UsageError(
+      f"--epochs of {epoch} steps must be below 2^31 steps, got {config.epochs}"
+    )
   return found
 
 
 def task(
-  config: Config, layout: parallel.Layout
+  config: Config,
+  layout: parallel.Layout,
+  create_optimizer: Callable[..., Any] = optimizer.create,
 ) -> tuple[Task, Callable[[], state_lib.TrainState]]:
   """Builds what does not change in a run, and what makes its first state.
 
   Args:
     config: What was asked for.
     layout: Where it will run.
+    create_optimizer: Another optimiser, in place of `optimizer.create` and with
+      its arguments.
 
   Returns:
     What a step needs, and a function of nothing that gives the state before
@@ -78,7 +88,16 @@ def task(
     raise UsageError(
       "--tensorboard needs: pip install 'sparseopt-jax[tensorboard]'"
     )
-  source = dataset(config)
+  return task_on(dataset(config), config, layout, create_optimizer)
+
+
+def task_on(
+  source: data.dataset.Dataset,
+  config: Config,
+  layout: parallel.Layout,
+  create_optimizer: Callable[..., Any] = optimizer.create,
+) -> tuple[Task, Callable[[], state_lib.TrainState]]:
+  """`task` on a data set that is open already."""
   model = models.create(
     config.model,
     source.num_classes,
@@ -88,7 +107,7 @@ def task(
   )
   images = jnp.zeros((1, *source.image_shape), config.precision)
   variables = jax.eval_shape(lambda: _init(config, model, images))
-  tx = optimizer.create(
+  tx = create_optimizer(
     config,
     variables["params"],
     source.steps_per_epoch(config.batch_size),

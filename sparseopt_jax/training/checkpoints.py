@@ -103,7 +103,8 @@ class Checkpoints:
       The state, or None where there is no checkpoint at all.
 
     Raises:
-      UsageError: If all checkpoints are damaged. They are left as they are.
+      UsageError: If all checkpoints are damaged, or of another network. They
+        are left as they are.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     reasons: list[str] = []
@@ -118,7 +119,7 @@ class Checkpoints:
       return state
     if reasons:
       raise UsageError(
-        f"--resume: every checkpoint in {self._folder} is damaged; "
+        f"--resume: no checkpoint in {self._folder} can be used; "
         + "; ".join(reasons)
       )
     return None
@@ -131,6 +132,7 @@ class Checkpoints:
         state=ocp.args.StandardRestore(target), crc=ocp.args.JsonRestore()
       ),
     )
+    _check_shapes(items.state, target)
     crc = _crc(items.state)
     if len(crc) == len(items.crc) and crc != items.crc:
       raise ValueError("the state does not have the CRC that it was saved with")
@@ -158,6 +160,18 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:
       raise self._write_error(error) from error
+
+
+def _check_shapes(state: Any, target: Any) -> None:
+  """Orbax gives arrays the shapes that they were saved with."""
+  leaves, _ = jax.tree.flatten_with_path(state)
+  for (path, leaf), wanted in zip(leaves, jax.tree.leaves(target), strict=True):
+    if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
+      name = jax.tree_util.keystr(path, simple=True, separator="/")
+      raise ValueError(
+        f"{name} is {leaf.dtype} {leaf.shape}, not {wanted.dtype} "
+        f"{wanted.shape}: another network"
+      )
 
 
 def _free_name(damaged: pathlib.Path, step: int, source: pathlib.Path) -> None:

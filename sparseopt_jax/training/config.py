@@ -149,9 +149,13 @@ def _check_choices(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
   positive = ("epochs", "batch_size", "accumulate", "devices", "update_every")
   for name in (*positive, "keep_checkpoints"):
-    _require(config, name, "at least 1", lambda n: n >= 1)
-  for name in ("width", "image_size", "process_count"):
+    _require(config, name, "in [1, 2^31)", lambda n: 1 <= n < 2**31)
+  for name in ("image_size", "process_count"):
     _require(config, name, "at least 1", lambda n: n is None or n >= 1)
+  # Above, the largest kernels have 2^31 weights.
+  _require(
+    config, "width", "in [1, 1024]", lambda n: n is None or 1 <= n <= 1024
+  )
   for name in ("sparsity", "momentum", "label_smoothing"):
     _require(config, name, "in [0, 1)", lambda x: 0 <= x < 1)
   for name in ("update_until", "drop_fraction"):

@@ -83,6 +83,8 @@ def _check_same_run(config: Config, folder: pathlib.Path) -> None:
         "told whether the flags are the same"
       )
     return
+  if not (folder / CHECKPOINTS).is_dir() and (folder / CHECKPOINTS).exists():
+    raise UsageError(f"--resume: {folder / CHECKPOINTS} is not a folder")
   different = differences(read_config(folder), config.identity())
   if different:
     raise UsageError(

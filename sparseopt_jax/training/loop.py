@@ -17,6 +17,7 @@ import jax
 import sparseopt_jax
 from sparseopt_jax.training import compiling
 from sparseopt_jax.training import folder as folder_lib
+from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import plots
 from sparseopt_jax.training import records
 from sparseopt_jax.training import telling
@@ -62,6 +63,7 @@ class Run:
     self._eval_step = layout.compile_eval(task)
     self._epoch_steps = task.dataset.steps_per_epoch(config.batch_size)
     self._total_steps = config.epochs * self._epoch_steps
+    self._updates_masks = optimizer.mask_updates(config, self._total_steps)
     self._share = (jax.process_index(), jax.process_count())
     self._first = jax.process_index() == 0
 
@@ -129,7 +131,9 @@ class Run:
         state = self._end_epoch(state, step, speed.figures(step, 0.0))
       while step < self._total_steps:
         self._stop_if_asked(state, step)
-        state, metrics = self._train_step(state, next(batches))
+        state, metrics = self._train_step(
+          state, next(batches), self._updates_masks(step)
+        )
         step += 1
         self._watch.push(step, metrics)
         if not speed.started:  # The first step compiles: not counted.

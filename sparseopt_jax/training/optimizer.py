@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import fnmatch
 from typing import Any
 
@@ -77,6 +78,21 @@ def topology(config: Config, total_steps: int) -> Any:
   return sparseopt_jax.RigL(**options, grow_from=config.grow_from)
 
 
+def mask_updates(
+  config: Config, total_steps: int
+) -> Callable[[int], bool | None]:
+  """Tells of each step whether it updates the masks, as far as is known.
+
+  The optimiser counts the steps it makes. With `--skip-nonfinite` these can be
+  fewer than the loop's, so there the optimiser decides: None.
+  """
+  if config.topology in ("dense", "static"):
+    return lambda step: False
+  if config.skip_nonfinite:
+    return lambda step: None
+  return topology(config, total_steps).is_due
+
+
 def create(
   config: Config,
   params: Any,
@@ -98,7 +114,7 @@ def create(
     The optimiser.
 
   Raises:
-    UsageError: See `sparse_paths`.
+    UsageError: See `sparse_paths`; or there is nothing to correct.
   """
   kernels = jax.tree.map(lambda leaf: len(leaf.shape) > 1, params)
   sgd = optax.chain(
@@ -108,13 +124,18 @@ def create(
   if config.topology == "dense":
     return optax.with_extra_args_support(sgd)
   sparse = sparse_paths(params, config.dense_layers)
-  with_correction = corrected if config.correction == "on" else frozenset()
+  if config.correction == "on" and not corrected & sparse:
+    raise UsageError(
+      "--correction on: no sparse layer feeds batch normalisation; "
+      "--correction off trains without it"
+    )
+  rule = lambda path, leaf: path in corrected
   link = sparseopt_jax.sparseopt(
     config.sparsity,
     topology(config, config.epochs * steps_per_epoch),
     distribution=config.distribution,
     sparse=lambda path, leaf: path in sparse,
-    corrected=lambda path, leaf: path in with_correction,
+    corrected=rule if config.correction == "on" else False,
     seed=config.seed,
   )
   return sparseopt_jax.keep_params_sparse(optax.chain(link, sgd))

@@ -51,7 +51,11 @@ class Layout(abc.ABC):
 
   @abc.abstractmethod
   def compile_train(self, task: step.Task) -> Any:
-    """`(state, batch) -> (state, metrics)`; the old state is given away."""
+    """`(state, batch, update_masks) -> (state, metrics)`.
+
+    The old state is given away. `update_masks` is not an array: there is a
+    program for each of its values.
+    """
 
   @abc.abstractmethod
   def compile_eval(self, task: step.Task) -> Any:
@@ -75,7 +79,11 @@ class Single(Layout):
     return jax.device_put(batch, self._device)
 
   def compile_train(self, task: step.Task) -> Any:
-    return jax.jit(functools.partial(step.train_step, task), donate_argnums=0)
+    return jax.jit(
+      functools.partial(step.train_step, task),
+      donate_argnums=0,
+      static_argnums=2,
+    )
 
   def compile_eval(self, task: step.Task) -> Any:
     return jax.jit(functools.partial(step.eval_step, task))
@@ -115,7 +123,9 @@ class Replicated(Layout):
 
   def compile_train(self, task: step.Task) -> Any:
     function = functools.partial(step.train_step, task)
-    return self._pmap(function, (None, 0), donate_argnums=0)
+    return self._pmap(
+      function, (None, 0, None), donate_argnums=0, static_broadcasted_argnums=2
+    )
 
   def compile_eval(self, task: step.Task) -> Any:
     return self._pmap(functools.partial(step.eval_step, task), (None, None, 0))
@@ -180,7 +190,11 @@ class Sharded(Layout):
     }
 
   def compile_train(self, task: step.Task) -> Any:
-    return self._jit(functools.partial(step.train_step, task), donate_argnums=0)
+    return self._jit(
+      functools.partial(step.train_step, task),
+      donate_argnums=0,
+      static_argnums=2,
+    )
 
   def compile_eval(self, task: step.Task) -> Any:
     return self._jit(functools.partial(step.eval_step, task))

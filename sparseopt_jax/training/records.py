@@ -32,6 +32,7 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
       os.fsync(file.fileno())
     beside.replace(path)
   except OSError as error:
+    beside.unlink(missing_ok=True)
     raise RunError(f"{path} could not be written: {error.strerror}") from error
 
 

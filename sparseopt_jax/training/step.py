@@ -63,7 +63,10 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(
-  task: Task, state: TrainState, batch: Batch
+  task: Task,
+  state: TrainState,
+  batch: Batch,
+  update_masks: bool | None = None,
 ) -> tuple[TrainState, StepMetrics]:
   """Takes one step of gradient descent.
 
@@ -72,6 +75,8 @@ def train_step(
     state: The state; donate it.
     batch: `image` uint8 (b, h, w, c) and `label` int32 (b,), this device's
       share of the batch.
+    update_masks: Whether this step updates the masks; None: the optimiser's
+      count says so, on the device.
 
   Returns:
     The next state, and the step's metrics.
@@ -79,7 +84,9 @@ def train_step(
   batch = _augment(task, state, batch)
   grads, batch_stats, sums = _gradient(task, state, batch)
   grads, batch_stats, sums = _over_devices(task, grads, batch_stats, sums)
-  updates, opt_state = task.tx.update(grads, state.opt_state, state.params)
+  updates, opt_state = task.tx.update(
+    grads, state.opt_state, state.params, update_masks=update_masks
+  )
   new_state = state._replace(
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,

@@ -1,0 +1,246 @@
+"""The input alone, against what a training step takes.
+
+ImageNet cannot be had everywhere, so JPEG files of its size are made on the
+spot and written as TensorFlow Datasets writes them. They are read from the
+file system's cache: a slow disk is not measured.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import io
+import itertools
+import json
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt_jax import data
+from sparseopt_jax.data import in_memory
+from sparseopt_jax.data.dataset import Dataset
+from sparseopt_jax.training import build
+from sparseopt_jax.training import compiling
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.parallel import Layout
+from sparseopt_jax.training.prefetch import Prefetch
+
+_JPEGS = 128
+_SMALL_IMAGES = 10_000
+# Batches in a round; and those before timing, more than are prefetched.
+_BATCHES = {"cifar100": 50, "imagenet2012": 1}
+_WARM_UP = 6
+
+
+def run(
+  model: str, batch_size: int, sparsity: float, repeats: int, precision: str
+) -> dict[str, dict]:
+  """Images per second of the input, and of a step of the trainer.
+
+  ResNet-50 is fed with JPEG files, the other networks from memory.
+
+  Args:
+    model: A name of `sparseopt_jax.models`.
+    batch_size: Images in a step.
+    sparsity: Fraction of zeros.
+    repeats: Rounds of measurement, and steps.
+    precision: Dtype of the computation.
+  """
+  flags: dict[str, Any] = {
+    "dataset": "imagenet2012" if model == "resnet50" else "cifar100",
+    "model": model,
+    "batch_size": batch_size,
+    "sparsity": sparsity,
+    "precision": precision,
+    "update_every": 100,
+  }
+  config = Config(**flags)
+  layout = build.devices(config)
+  with tempfile.TemporaryDirectory() as folder:
+    size = prepare_jpegs(pathlib.Path(folder), max(_JPEGS, batch_size))
+    sources: dict[str, Dataset] = {
+      "in memory, 32x32": small_images(),
+      "JPEG, 500x375 to 224x224": data.load("imagenet2012", folder),
+    }
+    rows = {
+      name: alone(source, layout, batch_size, repeats)
+      for name, source in sources.items()
+    }
+    rows["JPEG, 500x375 to 224x224"]["kilobytes_an_image"] = size / 1e3
+    (source,) = [s for s in sources.values() if s.name == config.dataset]
+    step = training(config, layout, source, repeats)
+  for row in rows.values():
+    row["times_the_step"] = row["images_per_second"] / step["images_per_second"]
+  return {**rows, f"{model} step": step}
+
+
+def alone(
+  source: Dataset, layout: Layout, batch_size: int, repeats: int
+) -> dict[str, Any]:
+  """Training batches, drawn and put on the device, with nothing else to do.
+
+  Args:
+    source: The data set.
+    layout: Where the batches go.
+    batch_size: Images in a batch.
+    repeats: Rounds of measurement.
+  """
+  images = _BATCHES[source.name] * batch_size
+  batches = Prefetch(source.train_batches(0, 0, batch_size), layout.put_batch)
+  wall, cpu = [], []
+  with contextlib.closing(batches):
+    _draw(batches, _WARM_UP)
+    for _ in range(repeats):
+      start = time.perf_counter(), time.process_time()
+      _draw(batches, _BATCHES[source.name])
+      wall.append(time.perf_counter() - start[0])
+      cpu.append(time.process_time() - start[1])
+  return {
+    **_speed(images, wall),
+    "images_per_second_a_core": images / float(np.median(cpu)),
+  }
+
+
+def _draw(batches: Prefetch, count: int) -> None:
+  for batch in itertools.islice(batches, count):
+    jax.block_until_ready(batch)
+
+
+def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
+  """Median and quartiles."""
+  low, middle, high = np.percentile(images / np.array(seconds), [25, 50, 75])
+  return {
+    "images_per_second": float(middle),
+    "images_per_second_quartiles": [float(low), float(high)],
+  }
+
+
+def training(
+  config: Config, layout: Layout, source: Dataset, repeats: int
+) -> dict[str, Any]:
+  """The trainer's step between mask updates, fed by the input.
+
+  `input_wait` is the share of the time in which the step waits for images, as
+  in metrics.jsonl.
+
+  Args:
+    config: What to train.
+    layout: Where.
+    source: The data set.
+    repeats: Steps to time, after one that compiles.
+  """
+  task, create = build.task_on(source, config, layout)
+  step = layout.compile_train(task)
+  state = layout.put(compiling.quick_jit(create)())
+  batches = Prefetch(
+    source.train_batches(0, 0, config.batch_size), layout.put_batch
+  )
+  wall = []
+  with contextlib.closing(batches):
+    state, metrics = jax.block_until_ready(step(state, next(batches), False))
+    waited = batches.waited
+    for _ in range(repeats):
+      start = time.perf_counter()
+      state, metrics = step(state, next(batches), False)
+      jax.block_until_ready(metrics)
+      wall.append(time.perf_counter() - start)
+  return {
+    **_speed(config.batch_size, wall),
+    "input_wait": (batches.waited - waited) / sum(wall),
+  }
+
+
+def small_images() -> Dataset:
+  """Noise of CIFAR's size, in memory."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (_SMALL_IMAGES, 32, 32, 3), np.uint8)
+  labels = rng.integers(0, 100, _SMALL_IMAGES, np.int32)
+  return in_memory.InMemory(
+    name="cifar100",
+    num_classes=100,
+    image_shape=(32, 32, 3),
+    num_train=_SMALL_IMAGES,
+    num_test=_SMALL_IMAGES,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.3, 0.3, 0.3),
+    pad=4,
+    flip=True,
+    train=(images, labels),
+    test=(images, labels),
+  )
+
+
+def prepare_jpegs(folder: pathlib.Path, count: int) -> float:
+  """Writes an ImageNet of random images; returns the bytes of one, on average.
+
+  Args:
+    folder: The folder of TensorFlow Datasets.
+    count: How many training images.
+  """
+  rng = np.random.default_rng(0)
+  examples = [(_jpeg(rng), label) for label in range(count)]
+  splits = {"train": examples, "validation": examples[:1]}
+  write_prepared("imagenet2012", folder, splits)
+  return float(np.mean([len(image) for image, _ in examples]))
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+  """500 x 375 pixels in about ImageNet's 110 kB: coarse shapes and grain."""
+  from PIL import Image
+
+  coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+  smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC))
+  grain = rng.normal(0, 20, (375, 500, 1))
+  pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, "JPEG", quality=90)
+  return file.getvalue()
+
+
+def write_prepared(
+  name: str,
+  data_dir: pathlib.Path,
+  splits: Mapping[str, Sequence[tuple[bytes, int]]],
+) -> None:
+  """Writes a data set as TensorFlow Datasets does, without TensorFlow.
+
+  Args:
+    name: The data set's name.
+    data_dir: Their folder.
+    splits: {split: [(encoded image, label), ...]}.
+  """
+  from array_record.python import array_record_module
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+  folder = pathlib.Path(builder.data_dir)
+  folder.mkdir(parents=True)
+  infos = []
+  for split, examples in splits.items():
+    file = folder / f"{name}-{split}.array_record-00000-of-00001"
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+    for image, label in examples:
+      writer.write(_record(image, label, builder.info.features.keys()))
+    writer.close()
+    infos.append({"name": split, "shardLengths": [str(len(examples))]})
+  info = {
+    "name": name,
+    "version": str(builder.version),
+    "fileFormat": "array_record",
+    "splits": infos,
+  }
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
+def _record(image: bytes, label: int, names: Sequence[str]) -> bytes:
+  from tensorflow_datasets.proto import tf_example_pb2
+
+  example = tf_example_pb2.Example()
+  feature = example.features.feature
+  feature["image"].bytes_list.value.append(image)
+  feature["label"].int64_list.value.append(int(label))
+  for other in {"id", "file_name"} & set(names):
+    feature[other].bytes_list.value.append(b"")
+  return example.SerializeToString()

@@ -1,0 +1,127 @@
+"""The extra argument `update_masks`: the host says what is due."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sparseopt_jax
+
+TOPOLOGIES = [
+  sparseopt_jax.SET(update_until=9, update_every=3),
+  sparseopt_jax.RigL(update_until=9, update_every=3),
+  sparseopt_jax.RigL(update_until=9, update_every=3, accumulate=2),
+]
+
+
+def _params():
+  rng = np.random.default_rng(0)
+  return {
+    "a": {"kernel": jnp.asarray(rng.normal(size=(12, 8)), jnp.float32)},
+    "b": {"kernel": jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)},
+  }
+
+
+def _run(topology, say_so, wrapped=True):
+  tx = optax.chain(
+    sparseopt_jax.sparseopt(0.6, topology), optax.sgd(0.1, momentum=0.9)
+  )
+  if wrapped:
+    tx = sparseopt_jax.keep_params_sparse(tx)
+  params = _params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def step(params, opt_state, gradients, update_masks):
+    updates, opt_state = tx.update(
+      gradients, opt_state, params, update_masks=update_masks
+    )
+    params = optax.apply_updates(params, updates)
+    return sparseopt_jax.apply_masks(params, opt_state), opt_state
+
+  rng = np.random.default_rng(1)
+  for i in range(12):
+    gradients = jax.tree.map(
+      lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params
+    )
+    told = topology.is_due(i) if say_so else None
+    params, opt_state = step(params, opt_state, gradients, told)
+  return params, opt_state
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_a_host_that_counts_gets_the_same(topology, wrapped):
+  told = _run(topology, True, wrapped)
+  counted = _run(topology, False, wrapped)
+  for mine, other in zip(
+    jax.tree.leaves(told), jax.tree.leaves(counted), strict=True
+  ):
+    assert mine.dtype == other.dtype
+    if jnp.issubdtype(mine.dtype, jnp.floating):
+      # Other programs, so sums may be rounded otherwise.
+      np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+    else:
+      np.testing.assert_array_equal(mine, other)
+
+
+def test_is_due_on_the_host():
+  topology = sparseopt_jax.RigL(update_until=9, update_every=3)
+  due = [i for i in range(20) if topology.is_due(i)]
+  assert due == [3, 6]
+  assert topology.is_due(3) is True
+  assert topology.is_due(4) is False
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES[:2], ids=str)
+def test_no_branch_is_left(topology):
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+  params = _params()
+  opt_state = tx.init(params)
+
+  def program(update_masks):
+    def step(gradients, opt_state, params):
+      return tx.update(gradients, opt_state, params, update_masks=update_masks)
+
+    return jax.jit(step).lower(params, opt_state, params).as_text()
+
+  assert "while" not in program(False)
+  assert "while" in program(None)
+
+
+def test_skipped_where_a_gradient_is_not_finite():
+  topology = sparseopt_jax.RigL(update_until=9, update_every=1)
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+  params = _params()
+  opt_state = tx.init(params)
+  before = sparseopt_jax.get_masks(opt_state)
+  gradients = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+  _, opt_state = tx.update(gradients, opt_state, params, update_masks=True)
+  after = sparseopt_jax.get_masks(opt_state)
+  jax.tree.map(np.testing.assert_array_equal, before, after)
+  assert int(sparseopt_jax.sparsity_metrics(opt_state)["skipped_updates"]) == 1
+
+
+@pytest.mark.parametrize("value", [1, "yes", np.bool_(True)])
+def test_must_be_known_while_tracing(value):
+  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0])
+  params = _params()
+  with pytest.raises(TypeError, match="update_masks must be a bool"):
+    tx.update(params, tx.init(params), params, update_masks=value)
+
+
+def test_a_traced_value_is_refused():
+  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0])
+  params = _params()
+  opt_state = tx.init(params)
+
+  @jax.jit
+  def step(due):
+    return tx.update(params, opt_state, params, update_masks=due)
+
+  with pytest.raises(TypeError, match="update_masks must be a bool"):
+    step(True)
