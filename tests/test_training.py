@@ -335,8 +335,8 @@ def test_training_never_compiles_again(monkeypatch, tmp_path):
     tiny.use(patch)
     assert train.main(tiny.arguments(tmp_path / "run")) == 0
   sizes = [function._cache_size() for function in compiled]
-  assert sizes
-  assert max(sizes) == 1, sizes
+  # The step has a program with and one without a mask update.
+  assert sorted(sizes)[-2:] == [1, 2], sizes
 
 
 def test_state_without_masks_is_known():

@@ -18,6 +18,7 @@ import traceback
 from typing import Any
 
 from sparseopt_jax import compare
+from sparseopt_jax.studies import report
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import signals
 from sparseopt_jax.training.config import Config
@@ -52,7 +53,7 @@ def run(
     The runs that are complete, by name.
 
   Raises:
-    UsageError: A folder holds a run of other flags.
+    UsageError: A folder holds a run of other flags, or cannot be made.
     RunError: A run failed.
     signals.Interrupted: A signal came; the same command goes on from there.
   """
@@ -62,6 +63,7 @@ def run(
     if not is_complete(config, folder / name)
   }
   if open_cells and jobs:
+    report.make(folder)
     print(f"{len(cells) - len(open_cells)} of {len(cells)} runs are there")
     _train_all(open_cells, jobs, factories)
   return collect(cells, folder)

@@ -14,6 +14,7 @@ from scipy import stats
 from sparseopt_jax.training import plots
 from sparseopt_jax.training import records
 from sparseopt_jax.training import telling
+from sparseopt_jax.training.errors import UsageError
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -48,6 +49,25 @@ def number(value: Sequence[float] | None) -> str:
   return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
 
 
+def make(folder: pathlib.Path) -> None:
+  """Makes the folder of `--out`; raises UsageError where that fails."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UsageError(f"--out {folder}: {error.strerror}") from None
+
+
+def _strict(value: Any) -> Any:
+  """JSON knows no NaN: null, also in lists."""
+  if isinstance(value, dict):
+    return {key: _strict(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_strict(item) for item in value]
+  if isinstance(value, float) and math.isnan(value):
+    return None
+  return value
+
+
 def save(
   folder: pathlib.Path,
   name: str,
@@ -66,8 +86,8 @@ def save(
     table: For people.
     figure: Made within `matplotlib.rc_context(plots.STYLE)`.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  content = {"command": command, **telling.surroundings(), **raw}
+  make(folder)
+  content = {"command": command, **telling.surroundings(), **_strict(raw)}
   records.write_json(folder / f"{name}.json", content)
   records.write_bytes(folder / f"{name}.txt", f"{table}\n".encode())
   records.write_bytes(folder / f"{name}.png", plots.png(figure))

@@ -93,6 +93,36 @@ def mask_updates(
   return topology(config, total_steps).is_due
 
 
+def decay(config: Config, params: Any) -> optax.GradientTransformation:
+  """Weight decay of the kernels."""
+  kernels = jax.tree.map(lambda leaf: len(leaf.shape) > 1, params)
+  return optax.add_decayed_weights(config.weight_decay, mask=kernels)
+
+
+def link(
+  config: Config,
+  params: Any,
+  steps_per_epoch: int,
+  corrected: frozenset[str],
+) -> optax.GradientTransformationExtraArgs:
+  """Masks and correction; arguments and errors as for `create`."""
+  sparse = sparse_paths(params, config.dense_layers)
+  if config.correction == "on" and not corrected & sparse:
+    raise UsageError(
+      "--correction on: no sparse layer feeds batch normalisation; "
+      "--correction off trains without it"
+    )
+  rule = lambda path, leaf: path in corrected
+  return sparseopt_jax.sparseopt(
+    config.sparsity,
+    topology(config, config.epochs * steps_per_epoch),
+    distribution=config.distribution,
+    sparse=lambda path, leaf: path in sparse,
+    corrected=rule if config.correction == "on" else False,
+    seed=config.seed,
+  )
+
+
 def create(
   config: Config,
   params: Any,
@@ -116,26 +146,11 @@ def create(
   Raises:
     UsageError: See `sparse_paths`; or there is nothing to correct.
   """
-  kernels = jax.tree.map(lambda leaf: len(leaf.shape) > 1, params)
   sgd = optax.chain(
-    optax.add_decayed_weights(config.weight_decay, mask=kernels),
+    decay(config, params),
     optax.sgd(schedule(config, steps_per_epoch), momentum=config.momentum),
   )
   if config.topology == "dense":
     return optax.with_extra_args_support(sgd)
-  sparse = sparse_paths(params, config.dense_layers)
-  if config.correction == "on" and not corrected & sparse:
-    raise UsageError(
-      "--correction on: no sparse layer feeds batch normalisation; "
-      "--correction off trains without it"
-    )
-  rule = lambda path, leaf: path in corrected
-  link = sparseopt_jax.sparseopt(
-    config.sparsity,
-    topology(config, config.epochs * steps_per_epoch),
-    distribution=config.distribution,
-    sparse=lambda path, leaf: path in sparse,
-    corrected=rule if config.correction == "on" else False,
-    seed=config.seed,
-  )
-  return sparseopt_jax.keep_params_sparse(optax.chain(link, sgd))
+  first = link(config, params, steps_per_epoch, corrected)
+  return sparseopt_jax.keep_params_sparse(optax.chain(first, sgd))

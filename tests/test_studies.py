@@ -1,0 +1,762 @@
+"""The studies of trained networks: statistics, reports, whole runs."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import sparseopt_jax
+from sparseopt_jax import compare
+from sparseopt_jax import train
+from sparseopt_jax.data import npz_source
+from sparseopt_jax.studies import __main__ as command
+from sparseopt_jax.studies import ablations
+from sparseopt_jax.studies import cells
+from sparseopt_jax.studies import convergence
+from sparseopt_jax.studies import exploration
+from sparseopt_jax.studies import grid
+from sparseopt_jax.studies import paper_tables
+from sparseopt_jax.studies import report
+from sparseopt_jax.training import compiling
+from sparseopt_jax.training import folder as folder_lib
+from sparseopt_jax.training import optimizer
+from sparseopt_jax.training.config import Config
+
+PACKAGE = pathlib.Path(sparseopt_jax.__file__).parent.parent
+TINY = ["--width", "4", "--seeds", "1"]
+CONVERGENCE = ["convergence", "--conditions", "rigl-95", "--budgets", "1"]
+TUNING = ["--tuning-epochs", "1", "--learning-rates", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """Noise in the place of Fashion-MNIST."""
+  folder = tmp_path_factory.mktemp("data")
+  rng = np.random.default_rng(0)
+  splits = [
+    (
+      rng.integers(0, 256, (count, 28, 28, 1), np.uint8),
+      rng.integers(0, 10, count, np.int32),
+    )
+    for count in (256, 128)
+  ]
+  npz_source.write(npz_source.path("fashion_mnist", folder), *splits)
+  return folder
+
+
+def run_of(accuracies, seed=0, **last):
+  """A run with these test accuracies, one an epoch."""
+  figures = {"itop_rate": 0.5, "dead_neurons": 2, "seconds": 1.0, **last}
+  lines = [
+    {
+      "step": 2 * epoch,
+      "epoch": epoch,
+      "test_accuracy": accuracy,
+      "train_accuracy": accuracy + 0.05,
+      **figures,
+    }
+    for epoch, accuracy in enumerate(accuracies, 1)
+  ]
+  return compare.Run({"seed": seed}, lines)
+
+
+def leave(folder, config, accuracies, **last):
+  """Leaves the files of a finished run."""
+  layers = {
+    "Conv_0/kernel": {"fan_in_spread": 0.25, "dead_neurons": 1},
+    "Dense_0/kernel": {"fan_in_spread": 0.75, "dead_neurons": 2},
+  }
+  lines = run_of(accuracies, layers=layers, **last).lines
+  folder.mkdir(parents=True)
+  text = "".join(f"{json.dumps(line)}\n" for line in lines)
+  (folder / folder_lib.METRICS).write_text(text)
+  (folder / folder_lib.CONFIG).write_text(json.dumps(config.identity()))
+  summary = {"device": "abacus", "platform": "wood", "versions": {}}
+  (folder / folder_lib.SUMMARY).write_text(json.dumps(summary))
+
+
+def arguments(parser_of, out, *words):
+  """What a study gets, with the flags of all studies."""
+  parser = cells.parser("any", "")
+  parser_of(parser)
+  return parser.parse_args(["--out", str(out), *words])
+
+
+def forbid_training(monkeypatch):
+  def fail(*args):
+    raise AssertionError("something is trained")
+
+  monkeypatch.setattr(grid, "_train_all", fail)
+
+
+# --- Statistics ---------------------------------------------------------------
+
+
+def test_interval_is_that_of_scipy():
+  values = [0.81, 0.84, 0.80, 0.87, 0.83]
+  mean, half = report.interval(values)
+  low, high = stats.t.interval(
+    0.95, len(values) - 1, np.mean(values), stats.sem(values)
+  )
+  assert mean == pytest.approx(0.83)
+  assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_interval_by_hand():
+  # Standard deviation sqrt(2), standard error 1; t of 1 degree: 12.706.
+  mean, half = report.interval([1.0, 3.0])
+  assert (mean, half) == pytest.approx((2.0, 12.7062), rel=1e-5)
+  assert report.interval([5.0])[0] == 5.0
+  assert math.isnan(report.interval([5.0])[1])
+  assert all(map(math.isnan, report.interval([1.0, math.nan])))
+
+
+def test_figures_as_text():
+  assert report.percent((0.5, 0.0125)) == "50.00 ± 1.25"
+  assert report.number((0.5, math.nan)) == "0.50"
+  assert report.number((math.nan, math.nan)) == report.number(None) == "-"
+
+
+def test_epochs_to_is_interpolated():
+  run = run_of([0.4, 0.6, 0.5, 0.9])
+  assert convergence.epochs_to(run, 0.2) == pytest.approx(0.5)
+  assert convergence.epochs_to(run, 0.4) == pytest.approx(1.0)
+  assert convergence.epochs_to(run, 0.5) == pytest.approx(1.5)
+  assert convergence.epochs_to(run, 0.7) == pytest.approx(3.5)
+  assert math.isnan(convergence.epochs_to(run, 0.95))
+
+
+def test_compare_pairs_by_hand():
+  pairs = [
+    (run_of([0.4, 0.8]), run_of([0.6, 1.0], itop_rate=0.7)),
+    (run_of([0.4, 0.6]), run_of([0.4, 0.5], dead_neurons=4)),
+  ]
+  found = convergence.compare_pairs(pairs)
+  assert found["seeds"] == 2
+  assert found["baseline"][0] == pytest.approx(0.7)
+  assert found["sparseopt"][0] == pytest.approx(0.75)
+  # Of 0.2 and -0.1: standard error 0.15.
+  assert found["difference"] == pytest.approx((0.05, 0.15 * 12.7062), rel=1e-4)
+  assert found["train_difference"][0] == pytest.approx(0.05)
+  # The first gets to 0.8 in 1.5 epochs instead of 2; the second never to 0.6.
+  assert found["speedup"][0] == pytest.approx(2 / 1.5)
+  assert found["never"] == 1
+  assert found["itop_rate"] == pytest.approx([0.5, 0.6])
+  assert found["dead_neurons"] == pytest.approx([2, 3])
+
+
+# --- Convergence --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converged(data_dir, tmp_path_factory):
+  """A folder in which the study has run to its end."""
+  out = tmp_path_factory.mktemp("converged")
+  assert command.main(places(out, data_dir)) == 0
+  return out
+
+
+def places(out, data_dir):
+  return [
+    *CONVERGENCE,
+    *TUNING,
+    *TINY,
+    "--out",
+    str(out),
+    "--data-dir",
+    str(data_dir),
+  ]
+
+
+def results(out, name="convergence"):
+  found = json.loads((out / f"{name}.json").read_text())
+  return {k: v for k, v in found.items() if k != "command"}
+
+
+@pytest.mark.slow
+def test_convergence_end_to_end(converged, data_dir, monkeypatch):
+  found = results(converged)
+  assert found["rates"] == {"baseline": 0.1, "SparseOpt": 0.1}
+  row = found["results"]["rigl-95, 1"]
+  folder = converged / "rigl-95-on-1epochs-lr0.1-seed0"
+  summary = json.loads((folder / folder_lib.SUMMARY).read_text())
+  assert row["raw"]["test"][0][1] == summary["test_accuracy"]
+  assert summary["command"].startswith("python -m sparseopt_jax.train --data")
+  assert (converged / "convergence.png").read_bytes()[:4] == b"\x89PNG"
+  table = (converged / "convergence.txt").read_text()
+  assert "rigl-95, 1" in table
+  # Again: nothing to train, and nothing else to report.
+  forbid_training(monkeypatch)
+  assert command.main(places(converged, data_dir)) == 0
+  assert results(converged) == found
+
+
+@pytest.mark.slow
+def test_convergence_goes_on_after_sigterm(converged, data_dir, tmp_path):
+  words = [sys.executable, "-m", "sparseopt_jax.studies"]
+  environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+  first = subprocess.Popen(
+    [*words, *places(tmp_path, data_dir)],
+    env=environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  while not list(tmp_path.glob("*/" + folder_lib.CONFIG)):
+    assert first.poll() is None
+    time.sleep(0.05)
+  first.send_signal(signal.SIGTERM)
+  _, error = first.communicate()
+  assert first.returncode == 143
+  assert "the same command goes on from there" in error
+  assert len(list(tmp_path.glob("*/" + folder_lib.SUMMARY))) < 7
+  assert command.main(places(tmp_path, data_dir)) == 0
+  assert results(tmp_path)["results"] == results(converged)["results"]
+
+
+def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):
+  forbid_training(monkeypatch)
+  words = "--conditions rigl-95 set-90 --budgets 1 2 --learning-rates 0.1 0.2"
+  words = ["--out", str(tmp_path), "--report", *words.split()]
+  assert command.main(["convergence", *words]) == 2
+  assert "are not all there" in capsys.readouterr().err
+
+  def add_flags(parser):
+    cells.add_conditions(parser, [])
+    cells.add_tuning(parser)
+    parser.add_argument("--budgets", type=int, nargs="+")
+
+  args = arguments(add_flags, *words[1:])
+  # The higher rate is the better one for SparseOpt alone.
+  for name, config in cells.tuning(args, convergence.ARMS).items():
+    better = 0.2 if config.correction == "on" else 0.1
+    accuracy = 0.8 if config.learning_rate == better else 0.7
+    leave(tmp_path / name, config, [accuracy])
+  rates = {"baseline": 0.1, "SparseOpt": 0.2}
+  accuracies = itertools.count(50)
+  for name, config in convergence.main_cells(args, rates).items():
+    if config.topology == "rigl" and config.epochs == 2 and config.seed < 3:
+      leave(tmp_path / name, config, [0.4, next(accuracies) / 100])
+  assert command.main(["convergence", *words]) == 0
+  found = results(tmp_path)
+  assert found["rates"] == rates
+  assert list(found["results"]) == ["rigl-95, 2"]
+  row = found["results"]["rigl-95, 2"]
+  assert row["raw"]["test"] == [[0.50, 0.51], [0.52, 0.53], [0.54, 0.55]]
+  assert row["difference"] == pytest.approx([0.01, 0.0], abs=1e-9)
+
+
+# --- The grid -----------------------------------------------------------------
+
+
+def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
+  def add_flags(parser):
+    cells.add_training(parser)
+
+  words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
+  args = arguments(add_flags, tmp_path, *words)
+  (variant,) = [v for v in ablations.VARIANTS if v.label == "SparseOpt and HAM"]
+  config = variant.config(args, "static-90", 0)
+  every = {"one": config}
+  factories = {"one": ablations.ham}
+  runs = grid.run(every, tmp_path, 1, factories)
+  assert len(runs["one"].lines) == 1
+  summary = json.loads((tmp_path / "one" / folder_lib.SUMMARY).read_text())
+  assert summary["command"].endswith(
+    "(optimiser: sparseopt_jax.studies.ablations.ham)"
+  )
+  assert summary["nonzero_outside_masks"] == 0
+  assert "Traceback" not in (tmp_path / "one.log").read_text()
+  forbid_training(monkeypatch)
+  assert grid.run(every, tmp_path, 1, factories) == runs
+  (trained,) = grid.trained_on(tmp_path, runs)
+  assert trained["platform"] == "cpu"
+
+
+def test_factories_can_be_sent_to_workers():
+  for variant in ablations.VARIANTS:
+    assert pickle.loads(pickle.dumps(variant.factory)) is variant.factory
+
+
+# --- Exploration --------------------------------------------------------------
+
+
+def test_exploration_reports_what_is_there(tmp_path, monkeypatch):
+  forbid_training(monkeypatch)
+  line = "--report --seeds 2 --epochs 3 --conditions rigl-95 set-90"
+  words = line.split()
+
+  def add_flags(parser):
+    cells.add_conditions(parser, [])
+    cells.add_training(parser)
+
+  args = arguments(add_flags, tmp_path, *words)
+  arms = exploration.arms("rigl-95")
+  assert [(arm.correction, arm.grow_from) for arm in arms] == [
+    ("off", "raw"),
+    ("on", "raw"),
+    ("on", "corrected"),
+  ]
+  assert exploration.arms("set-90") == arms[:2]
+  for arm, rate in zip(arms, (0.75, 0.74, 0.61), strict=True):
+    for name, config in exploration.configs(args, "rigl-95", arm).items():
+      itop_rate = rate + 0.02 * config.seed
+      leave(tmp_path / name, config, [0.5, 0.6, 0.7], itop_rate=itop_rate)
+  assert command.main(["exploration", "--out", str(tmp_path), *words]) == 0
+  found = results(tmp_path, "exploration")["results"]
+  assert list(found) == ["rigl-95"]
+  baseline, _, corrected = found["rigl-95"].values()
+  # Of 0.75 and 0.77: standard error 0.01.
+  assert baseline["itop_rate"] == pytest.approx([0.76, 0.127062], rel=1e-4)
+  assert corrected["itop_rate"][0] == pytest.approx(0.62)
+  assert baseline["last_spread"] == pytest.approx([0.5, 0.0])
+  assert baseline["dead_neurons"] == pytest.approx([2.0, 0.0])
+  assert baseline["layers"]["Dense_0/kernel"]["dead_neurons"] == 2
+  assert len(baseline["itop_rate_by_epoch"]) == 3
+  table = (tmp_path / "exploration.txt").read_text()
+  assert "76.00 ± 12.71" in table
+  assert "6 of 10 runs" in table
+
+
+def test_exploration_shares_its_runs_with_convergence():
+  names = []
+  for arm in exploration.arms("rigl-95"):
+
+    def add_flags(parser):
+      cells.add_training(parser)
+
+    args = arguments(add_flags, "out", "--epochs", "2", "--seeds", "1")
+    names += exploration.configs(args, "rigl-95", arm)
+  assert names == [
+    "rigl-95-off-2epochs-lr0.1-seed0",
+    "rigl-95-on-2epochs-lr0.1-seed0",
+    "rigl-95-on-corrected-2epochs-lr0.1-seed0",
+  ]
+
+
+# --- Ablations ----------------------------------------------------------------
+
+CONFIG = Config(
+  sparsity=0.5, topology="rigl", update_every=2, warmup_epochs=0.0, epochs=1
+)
+CORRECTED = frozenset({"Conv_0/kernel", "Conv_1/kernel"})
+
+
+@pytest.fixture(scope="module")
+def params():
+  rng = np.random.default_rng(1)
+  shapes = {
+    "Conv_0": {"kernel": (3, 3, 1, 4)},
+    "Conv_1": {"kernel": (3, 3, 4, 6)},
+    "Dense_0": {"kernel": (6, 10), "bias": (10,)},
+  }
+  return jax.tree.map(
+    lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def create(factory, params, **changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  return factory(config, params, 100, CORRECTED)
+
+
+def first_update(tx, params):
+  """(update, masked params, gradient, masks) of the first step."""
+  state = tx.init(params)
+  masks = jax.tree.map(
+    np.asarray,
+    sparseopt_jax.get_masks(state),
+  )
+  params = sparseopt_jax.apply_masks(params, state)
+  grads = jax.tree.map(jnp.cos, params)
+  updates, _ = compiling.quick_jit(tx.update)(grads, state, params)
+  return updates, params, grads, masks
+
+
+def factors(mask):
+  """The correction in float64 NumPy."""
+  fan_in = mask.sum(axis=tuple(range(mask.ndim - 1)))
+  return np.sqrt(fan_in * len(fan_in) / fan_in.sum())
+
+
+def steps(tx, params, count=6):
+  state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, state)
+  step = compiling.quick_jit(tx.update)
+  for _ in range(count):
+    grads = jax.tree.map(jnp.cos, params)
+    updates, state = step(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+@pytest.mark.parametrize("correction", ["on", "off"])
+def test_the_parts_make_the_trainers_optimiser(params, correction):
+  parts = create(ablations._parts, params, correction=correction)
+  rebuilt = sparseopt_jax.keep_params_sparse(
+    optax.chain(parts.link, parts.decay, parts.sgd)
+  )
+  expected = steps(
+    create(optimizer.create, params, correction=correction), params
+  )
+  jax.tree.map(np.testing.assert_array_equal, steps(rebuilt, params), expected)
+
+
+def test_normalized_steps_have_the_same_length(params):
+  for correction in ("on", "off"):
+    tx = create(
+      ablations.normalized,
+      params,
+      topology="static",
+      correction=correction,
+      weight_decay=0.0,
+    )
+    updates, *_ = first_update(tx, params)
+    length = float(optax.tree.norm(updates))
+    expected = CONFIG.learning_rate * ablations.GRADIENT_NORM
+    assert length == pytest.approx(expected, rel=1e-5)
+
+
+def test_decay_before_the_link_is_scaled(params):
+  tx = create(
+    ablations.decay_first, params, topology="static", weight_decay=0.3
+  )
+  updates, sparse, grads, masks = first_update(tx, params)
+  name = "Conv_1"
+  mask, w, g = (np.array(t[name]["kernel"]) for t in (masks, sparse, grads))
+  expected = -0.1 * np.where(mask, factors(mask) * (g + 0.3 * w), 0)
+  np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-4)
+
+
+def test_after_adam_the_correction_scales_its_step(params):
+  tx = create(ablations.after_adam, params, topology="static", weight_decay=0.0)
+  updates, sparse, grads, masks = first_update(tx, params)
+  plain = optax.adam(CONFIG.learning_rate)
+  step, _ = plain.update(grads, plain.init(sparse))
+  for name, is_corrected in {"Conv_1": True, "Dense_0": False}.items():
+    mask = np.array(masks[name]["kernel"])
+    factor = factors(mask) if is_corrected else 1.0
+    expected = np.where(mask, factor * np.array(step[name]["kernel"]), 0)
+    np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-4)
+
+
+def test_before_adam_the_correction_all_but_vanishes(params):
+  on, off = (
+    first_update(
+      create(ablations.adam, params, topology="static", correction=c), params
+    )[0]
+    for c in ("on", "off")
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), on, off
+  )
+
+
+def test_ham_gets_the_corrected_gradient(params):
+  tx = create(ablations.ham, params, topology="static", weight_decay=0.0)
+  updates, sparse, grads, masks = first_update(tx, params)
+  mask, w, g = (
+    np.array(t["Conv_1"]["kernel"], np.float64) for t in (masks, sparse, grads)
+  )
+  g = g * factors(mask) * mask
+  stepped = w - 0.1 * g
+  exponent = -0.1 * (200 * np.sign(stepped) * g + 1e-3)
+  expected = stepped * np.exp(np.clip(exponent, -5, 5)) - w
+  np.testing.assert_allclose(
+    updates["Conv_1"]["kernel"], expected, rtol=1e-4, atol=1e-6
+  )
+
+
+def test_dead_neurons_are_left_out():
+  """sqrt(f_i n_live / nnz), dead neurons or not."""
+  rng = np.random.default_rng(2)
+  mask = rng.random((12, 8)) < 0.4
+  mask[:, [1, 5, 6]] = False
+  params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
+  link = sparseopt_jax.sparseopt(0.5, masks={"kernel": jnp.asarray(mask)})
+  tx = sparseopt_jax.keep_params_sparse(
+    optax.chain(ablations.leave_out_dead(link), optax.scale(-1.0))
+  )
+  updates, _, grads, _ = first_update(tx, params)
+  fan_in = mask.sum(axis=0)
+  factor = np.sqrt(fan_in * 5 / fan_in.sum())
+  expected = np.where(mask, -factor * np.array(grads["kernel"]), 0)
+  np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "factory",
+  [
+    ablations.normalized,
+    ablations.ham,
+    ablations.decay_first,
+    ablations.adam,
+    ablations.after_adam,
+    ablations.live_mean,
+  ],
+)
+def test_variants_stay_sparse_over_mask_updates(params, factory):
+  tx = create(factory, params)
+  state = tx.init(params)
+  masks = sparseopt_jax.get_masks(state)
+  sparse = sparseopt_jax.apply_masks(params, state)
+  step = compiling.quick_jit(tx.update)
+  for _ in range(5):
+    updates, state = step(jax.tree.map(jnp.cos, sparse), state, sparse)
+    sparse = optax.apply_updates(sparse, updates)
+  later = sparseopt_jax.get_masks(state)
+  pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(later), strict=True)
+  assert any(np.any(old != new) for old, new in pairs)
+  for name in params:
+    kernel, mask = sparse[name]["kernel"], later[name]["kernel"]
+    assert mask.sum() == masks[name]["kernel"].sum()
+    np.testing.assert_array_equal(np.array(kernel)[~np.array(mask)], 0)
+
+
+def test_ablations_report_what_is_there(tmp_path, monkeypatch):
+  forbid_training(monkeypatch)
+  accuracies = {
+    "baseline": (0.80, 0.82, 0.84),
+    "SparseOpt": (0.81, 0.83),
+    "Adam": (0.7, 0.7, 0.7),
+    "SparseOpt after Adam": (0.72, 0.70, 0.74),
+    "SparseOpt and HAM": (0.9,),
+  }
+  assert {v.label for v in ablations.VARIANTS} > set(accuracies)
+
+  def add_flags(parser):
+    cells.add_training(parser)
+
+  args = arguments(add_flags, tmp_path)
+  for variant in ablations.VARIANTS:
+    for seed, accuracy in enumerate(accuracies.get(variant.label, ())):
+      config = variant.config(args, "rigl-95", seed)
+      leave(tmp_path / variant.name(config), config, [0.5, accuracy])
+  words = ["ablations", "--out", str(tmp_path), "--report"]
+  assert command.main(words) == 0
+  found = results(tmp_path, "ablations")["results"]["rigl-95"]
+  assert list(found) == [
+    "baseline",
+    "SparseOpt",
+    "SparseOpt and HAM",
+    "Adam",
+    "SparseOpt after Adam",
+  ]
+  # Pairs of two seeds; the third baseline has no partner.
+  assert found["baseline"]["test_accuracy"][0] == pytest.approx(0.82)
+  assert found["SparseOpt"]["difference"] == pytest.approx([0.01, 0], abs=1e-9)
+  # Of 0.02, 0.00 and 0.04: standard error 0.02 / sqrt(3); t of 2 degrees: 4.30.
+  assert found["SparseOpt after Adam"]["difference"] == pytest.approx(
+    [0.02, 4.30265 * 0.02 / 3**0.5], rel=1e-4
+  )
+  assert found["SparseOpt and HAM"]["difference"] is None
+  assert found["SparseOpt and HAM"]["test_accuracy"] == [0.9, None]
+
+
+def test_ablations_compare_with_one_another():
+  labels = [variant.label for variant in ablations.VARIANTS]
+  assert len(set(labels)) == len(labels)
+  for variant in ablations.VARIANTS:
+    assert variant.against in (None, *labels)
+
+  def add_flags(parser):
+    cells.add_training(parser)
+
+  args = arguments(add_flags, "out")
+  names = [v.name(v.config(args, "rigl-95", 0)) for v in ablations.VARIANTS]
+  assert len(set(names)) == len(names)
+  assert names[:2] == [
+    "rigl-95-off-4epochs-lr0.1-seed0",
+    "rigl-95-on-4epochs-lr0.1-seed0",
+  ]
+
+
+# --- The paper's tables -------------------------------------------------------
+
+
+def cell_of(recipe, topology, sparsity, epochs, arm):
+  (found,) = [
+    cell
+    for cell in paper_tables.cells()
+    if (cell.recipe, cell.topology, cell.sparsity, cell.epochs, cell.arm)
+    == (recipe, topology, sparsity, epochs, arm)
+  ]
+  return found
+
+
+@pytest.mark.parametrize(
+  ("place", "accuracy"),
+  [
+    (("cifar100-resnet20", "rigl", 0.95, 100, "baseline"), 55.80),
+    (("cifar100-resnet20", "rigl", 0.95, 500, "SparseOpt"), 61.74),
+    (("cifar100-resnet20", "rigl", 0.95, 200, "HAM"), 58.76),
+    (("cifar100-resnet20", "rigl", 0.95, 300, "SparseOpt and HAM"), 60.91),
+    (("cifar100-resnet20", "rigl", 0.97, 100, "SparseOpt"), None),
+    (("imagenet-resnet50", "rigl", 0.90, 90, "SparseOpt"), 74.41),
+    (("imagenet-resnet50", "set", 0.90, 270, "baseline"), 75.17),
+    (("imagenet-resnet50", "set", 0.95, 180, "SparseOpt"), 73.75),
+    (("imagenet-resnet50", "rigl", 0.97, 90, "baseline"), 69.94),
+    (("imagenet-resnet50", "set", 0.97, 270, "SparseOpt"), 72.73),
+  ],
+)
+def test_published_accuracies(place, accuracy):
+  assert cell_of(*place).published == accuracy
+
+
+def test_published_gains():
+  gains = {
+    (g.baseline.recipe, g.baseline.condition): g.published
+    for g in paper_tables.gains()
+  }
+  assert len(gains) == 12 + 18
+  assert gains["cifar100-resnet20", "rigl-90, 200 epochs"] == 0.19
+  assert gains["cifar100-resnet20", "rigl-97, 200 epochs"] == 2.14
+  assert gains["cifar100-resnet20", "rigl-95, 500 epochs"] == 0.29
+  assert gains["imagenet-resnet50", "rigl-97, 90 epochs"] == 1.21
+  assert gains["imagenet-resnet50", "set-90, 270 epochs"] == -0.32
+  # Both halves of the paper's own table agree where it gives both.
+  for gain in paper_tables.gains():
+    if gain.baseline.published is not None:
+      difference = gain.sparseopt.published - gain.baseline.published
+      assert gain.published == pytest.approx(difference, abs=0.011)
+
+
+def test_every_command_can_be_run(tmp_path):
+  cells_ = paper_tables.cells()
+  assert len(cells_) == 24 + 8 + 36
+  folders = set()
+  for cell in cells_:
+    line = cell.command(tmp_path)
+    if "HAM" in cell.arm:
+      assert line == "no flag of the trainer; see the study ablations"
+      continue
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "sparseopt_jax.train"]
+    config = train.parse(words[3:])
+    assert config.identity() == cell.config().identity()
+    assert (config.sparsity, config.epochs) == (cell.sparsity, cell.epochs)
+    assert config.topology == cell.topology
+    assert (config.correction == "on") == (cell.arm == "SparseOpt")
+    assert pathlib.Path(config.workdir).parent == tmp_path
+    folders.add(config.workdir)
+  assert len(folders) == 24 + 36
+
+
+def test_hours_by_hand():
+  cell = cell_of("cifar100-resnet20", "rigl", 0.95, 200, "baseline")
+  # 200 x 50,000 images at 100 a second are 100,000 seconds.
+  assert paper_tables.hours(cell, 100.0) == pytest.approx(27.7778, rel=1e-4)
+
+
+def test_paper_tables_collect_finished_runs(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(paper_tables, "images_per_second", lambda recipe: 100.0)
+  place = ("cifar100-resnet20", "rigl", 0.95, 100)
+  baseline = cell_of(*place, "baseline").config()
+  sparseopt = cell_of(*place, "SparseOpt").config()
+  runs = tmp_path / "runs"
+  for seed, accuracy in enumerate((0.55, 0.56, 0.60)):
+    config = dataclasses.replace(baseline, seed=seed)
+    leave(runs / f"b{seed}", config, [0.1, accuracy])
+  for seed, accuracy in ((1, 0.58), (2, 0.61), (7, 0.99)):
+    config = dataclasses.replace(sparseopt, seed=seed)
+    leave(runs / f"s{seed}", config, [0.1, accuracy])
+  other = dataclasses.replace(baseline, weight_decay=1e-3)
+  leave(runs / "other", other, [0.9])
+  leave(tmp_path / "alone", dataclasses.replace(baseline, seed=9), [0.57])
+  words = ["paper-tables", "--out", str(tmp_path / "out"), "--runs"]
+  assert command.main([*words, str(runs), str(tmp_path / "alone")]) == 0
+  found = results(tmp_path / "out", "paper-tables")
+  rows = {(row["recipe"], row["label"]): row for row in found["cells"]}
+  own = rows[place[0], "rigl-95, 100 epochs, baseline"]["own"]
+  # Of 55, 56, 60 and 57: deviation sqrt(14 / 3).
+  assert own["mean"] == pytest.approx(57.0)
+  assert own["standard_deviation"] == pytest.approx((14 / 3) ** 0.5)
+  assert own["seeds"] == 4
+  assert rows[place[0], "rigl-95, 100 epochs, HAM"]["hours"] is None
+  with_own = [row["label"] for row in found["gains"] if row["own"]]
+  assert with_own == ["rigl-95, 100 epochs"]
+  (gain,) = [row["own"] for row in found["gains"] if row["own"]]
+  assert (gain["mean"], gain["seeds"]) == (pytest.approx(1.5), 2)
+  printed = capsys.readouterr().out
+  assert "7 of 8 finished runs have the flags of a cell" in printed
+  assert "57.00 ± 2.16" in printed
+  assert "python -m sparseopt_jax.train --recipe=imagenet-resnet50" in printed
+
+
+@pytest.mark.slow
+def test_paper_tables_measure_a_step():
+  assert paper_tables.images_per_second("cifar100-resnet20") > 0
+
+
+# --- Bad input ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("exploration --seeds 0", "--seeds must be at least 1, got 0"),
+    ("exploration --epochs 0", "--epochs must be in [1, 2^31), got 0"),
+    ("exploration --conditions dense", "got 'dense'"),
+    ("exploration --conditions rigl-95 --model vgg", "--model must be one of"),
+    ("exploration --learning-rates 0.1", "unrecognized arguments: --learning"),
+    ("exploration --report", "--out runs/studies: no run is there; leave out"),
+    ("exploration --out file", "--out file: File exists"),
+    ("ablations --learning-rate 0", "--learning-rate must be finite and above"),
+    ("ablations --jobs 0", "--jobs must be at least 1, got 0"),
+    ("ablations --width 0", "--width must be in [1, 1024], got 0"),
+    ("ablations --conditions set95", "got 'set95'"),
+    ("ablations --report", "no run is there; leave out --report"),
+    ("convergence --tuning-epochs 0", "--tuning-epochs must be at least 1"),
+    ("convergence --learning-rates -1", "--learning-rate must be finite and"),
+    ("convergence --report", "are not all there; leave out --report to train"),
+    ("convergence --out file", "--out file: File exists"),
+    ("paper-tables --runs nowhere", "--runs nowhere is not a folder"),
+    ("paper-tables --runs broken", "config.json cannot be read"),
+    ("paper-tables --out file", "--out file: File exists"),
+    ("paper-tables --seeds 3", "unrecognized arguments: --seeds 3"),
+  ],
+)
+def test_bad_input(line, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  forbid_training(monkeypatch)
+  (tmp_path / "file").touch()
+  (tmp_path / "broken" / "run").mkdir(parents=True)
+  (tmp_path / "broken" / "run" / folder_lib.SUMMARY).write_text("{}")
+  before = sorted(tmp_path.rglob("*"))
+  assert command.main(line.split()) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ")
+  assert message in error
+  assert error.count("\n") == 1
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_runs_of_other_flags_are_refused(tmp_path, capsys):
+  def add_flags(parser):
+    cells.add_training(parser)
+
+  args = arguments(add_flags, tmp_path)
+  variant = ablations.VARIANTS[0]
+  config = variant.config(args, "rigl-95", 0)
+  leave(tmp_path / variant.name(config), config, [0.5])
+  words = ["ablations", "--out", str(tmp_path), "--report", "--width", "16"]
+  assert command.main(words) == 2
+  assert "is a run of other flags: --width 8 became 16" in (
+    capsys.readouterr().err
+  )
