@@ -256,16 +256,16 @@ def test_the_default_folder_says_what_is_in_it():
 
 # What is given by hand: the data are few, and masks are to change. ResNet-50
 # takes a minute or two to compile.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "examples", "by_hand"),
   [
     ("cifar100-resnet20", 128, {"epochs": 2, "update_every": 1}),
     ("cifar100-resnet20", 4, {"epochs": 1, "batch_size": 4, "devices": 2}),
-    pytest.param(
+    (
       "imagenet-resnet50",
       8,
       {"epochs": 6, "batch_size": 8, "image_size": 64, "update_every": 2},
-      marks=pytest.mark.slow,
     ),
   ],
 )
