@@ -342,10 +342,9 @@ def sparseopt(
   and counted if any gradient is not finite.
 
   Whether a call updates the masks is decided on the device, from the number of
-  calls. On a GPU the host has to wait for that decision. A loop that counts the
-  calls itself saves the wait, and the branch, by the extra argument
-  ``update_masks`` of ``update``, a Python bool: ``update_masks =
-  topology.is_due(step)``, passed to a jitted step as a static argument.
+  calls. A loop that counts them itself can say so by the extra argument
+  ``update_masks`` of ``update``, a Python bool, and the branch is left out:
+  ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
 
   Args:
     sparsity: Fraction of zeros over all sparse leaves, in [0, 1).

@@ -130,10 +130,10 @@ def sparsity_table(opt_state: optax.OptState) -> str:
   shapes = [status.shape for _, status in layers]
   size = np.array([math.prod(shape) for shape in shapes])
   # In NumPy: to compile a reduction for each layer would take seconds.
-  values = [_on_host(status) for _, status in layers]
+  values = [on_host(status) for _, status in layers]
   active = np.array([np.count_nonzero(x & _state.ACTIVE) for x in values])
   explored = np.array([np.count_nonzero(x & _state.EXPLORED) for x in values])
-  fan_ins = map(_on_host, jax.tree.leaves(state.fan_in))
+  fan_ins = map(on_host, jax.tree.leaves(state.fan_in))
   dead = np.array([np.count_nonzero(fan_in == 0) for fan_in in fan_ins])
   scales = _state.sparse_only(state.status, state.correction)
 
@@ -160,7 +160,7 @@ def sparsity_table(opt_state: optax.OptState) -> str:
   )
 
 
-def _on_host(x: Any) -> np.ndarray:
+def on_host(x: Any) -> np.ndarray:
   """The values, gathered if they are spread over processes."""
   if isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated

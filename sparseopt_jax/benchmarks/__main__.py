@@ -18,6 +18,7 @@ from sparseopt_jax.benchmarks import scaling
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
 from sparseopt_jax.training import cli
+from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training.errors import UsageError
 
 _NEVER = 2**30
@@ -77,8 +78,9 @@ def _check(args: argparse.Namespace) -> None:
     raise UsageError(f"--sparsity must be in [0, 1), got {args.sparsity}")
   for name in ("repeats", "batch_size"):
     if getattr(args, name, 1) < 1:
-      flag = f"--{name.replace('_', '-')}"
-      raise UsageError(f"{flag} must be at least 1, got {getattr(args, name)}")
+      raise UsageError(
+        f"{config_lib.flag(name)} must be at least 1, got {getattr(args, name)}"
+      )
   if args.output and not pathlib.Path(args.output).parent.is_dir():
     raise UsageError(f"--output {args.output}: there is no such folder")
 

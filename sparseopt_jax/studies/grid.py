@@ -14,11 +14,13 @@ import json
 import multiprocessing
 import os
 import pathlib
+import shlex
 import traceback
 from typing import Any
 
 from sparseopt_jax import compare
 from sparseopt_jax.studies import report
+from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import signals
 from sparseopt_jax.training.config import Config
@@ -171,7 +173,7 @@ def _train(config: Config, factory: Factory | None) -> str:
 
 def _command(config: Config, factory: Factory | None) -> str:
   """The command that trains this run alone."""
-  command = f"python -m sparseopt_jax.train {' '.join(flags(config))}"
+  command = f"python -m sparseopt_jax.train {shlex.join(flags(config))}"
   if factory is None:
     return command
   return f"{command} (optimiser: {factory.__module__}.{factory.__name__})"
@@ -185,13 +187,13 @@ def flags(config: Config) -> list[str]:
     value = getattr(config, field.name)
     if value == getattr(default, field.name) or field.name in _NOT_SHOWN:
       continue
-    name = "--" + field.name.replace("_", "-")
+    name = config_lib.flag(field.name)
     if isinstance(value, bool):
       words.append(name)
     elif isinstance(value, tuple):
       words += [name, *map(str, value)]
     else:
-      words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+      words += [name, str(value)]
   return words
 
 

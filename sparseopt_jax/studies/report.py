@@ -57,17 +57,6 @@ def make(folder: pathlib.Path) -> None:
     raise UsageError(f"--out {folder}: {error.strerror}") from None
 
 
-def _strict(value: Any) -> Any:
-  """JSON knows no NaN: null, also in lists."""
-  if isinstance(value, dict):
-    return {key: _strict(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_strict(item) for item in value]
-  if isinstance(value, float) and math.isnan(value):
-    return None
-  return value
-
-
 def save(
   folder: pathlib.Path,
   name: str,
@@ -87,7 +76,7 @@ def save(
     figure: Made within `matplotlib.rc_context(plots.STYLE)`.
   """
   make(folder)
-  content = {"command": command, **telling.surroundings(), **_strict(raw)}
+  content = {"command": command, **telling.surroundings(), **raw}
   records.write_json(folder / f"{name}.json", content)
   records.write_bytes(folder / f"{name}.txt", f"{table}\n".encode())
   records.write_bytes(folder / f"{name}.png", plots.png(figure))

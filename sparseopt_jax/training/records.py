@@ -40,6 +40,8 @@ def _jsonable(value: Any) -> Any:
   """JSON knows no NaN and no infinity: null."""
   if isinstance(value, dict):
     return {key: _jsonable(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_jsonable(item) for item in value]
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value

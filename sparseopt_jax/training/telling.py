@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 import optax
 import tqdm
 
 import sparseopt_jax
+from sparseopt_jax.metrics import on_host
 from sparseopt_jax.training import compiling
 from sparseopt_jax.training.state import TrainState
 from sparseopt_jax.training.state import has_masks
@@ -141,7 +141,7 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
   fan_ins, _ = jax.tree.flatten_with_path(optax.tree.get(opt_state, "fan_in"))
   figures["layers"] = {
     jax.tree_util.keystr(path, simple=True, separator="/"): _layer(
-      mask.size, _on_host(fan_in)
+      mask.size, on_host(fan_in)
     )
     for mask, (path, fan_in) in zip(masks, fan_ins, strict=True)
   }
@@ -158,12 +158,6 @@ def _layer(size: int, fan_in: np.ndarray) -> dict[str, float]:
   }
 
 
-def _on_host(x: jax.Array) -> np.ndarray:
-  if x.is_fully_addressable or x.is_fully_replicated:
-    return np.asarray(x)
-  return multihost_utils.process_allgather(x, tiled=True)
-
-
 def sparse_counts(state: TrainState) -> dict[str, Any]:
   """Counts from masks: sparse weights, the active ones, and what is amiss."""
   parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -176,10 +170,10 @@ def sparse_counts(state: TrainState) -> dict[str, Any]:
   for param, mask in zip(jax.tree.leaves(state.params), masks, strict=True):
     if _is_masked_node(mask):
       continue
-    values = _on_host(mask)
+    values = on_host(mask)
     size += values.size
     active += np.sum(values).item()
-    outside += np.sum((_on_host(param) != 0) & ~values).item()
+    outside += np.sum((on_host(param) != 0) & ~values).item()
   return {
     "parameters": parameters,
     "sparse_weights": size,
