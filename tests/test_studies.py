@@ -760,3 +760,21 @@ def test_runs_of_other_flags_are_refused(tmp_path, capsys):
   assert "is a run of other flags: --width 8 became 16" in (
     capsys.readouterr().err
   )
+
+
+def test_exploration_plots_every_point_within_its_axes():
+  def row(size):
+    layers = {"a/kernel": {"fan_in_spread": size, "dead_neurons": 9 * size}}
+    rates = [(size / 10, 0.0)] * 2
+    return {"itop_rate_by_epoch": rates, "layers": layers}
+
+  # The last is the largest, so early limits would cut it off.
+  labels = [arm.label for arm in exploration.arms("rigl-95")]
+  rows = {label: row(i + 1.0) for i, label in enumerate(labels)}
+  found = exploration.figure({"rigl-95": rows})
+  for axis in found.axes:
+    bottom, top = axis.get_ylim()
+    heights = [y for line in axis.get_lines() for y in line.get_ydata()]
+    assert len(heights) >= 3
+    assert bottom <= min(heights)
+    assert max(heights) <= top

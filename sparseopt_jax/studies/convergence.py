@@ -202,7 +202,7 @@ def _curves(
           alpha=0.2,
           lw=0,
         )
-  axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  axis.yaxis.set_major_formatter(PercentFormatter(1.0))
   axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -155,11 +155,14 @@ def figure(results: Results) -> Figure:
       for axis, name in zip(column[1:], _LAYER_FIGURES, strict=True):
         _layers(axis, index, label, row["layers"], name)
     column[1].tick_params(labelbottom=False)
+  # Once all is plotted: it fixes the upper limit as well.
+  for axis in axes[1:].flat:
+    axis.set_ylim(bottom=0)
   for axis, label in zip(
     axes[:, 0], ("ITOP rate", *_LAYER_FIGURES.values()), strict=True
   ):
     axis.set_ylabel(label)
-  axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
   axes[2, 0].set_ylabel("dead neurons")
   handles = {
     label: handle
@@ -201,7 +204,6 @@ def _layers(
   axis.plot(places, heights, "o", ms=4, color=_COLORS[label])
   names = [path.removesuffix("/kernel") for path in layers]
   axis.set_xticks(range(len(layers)), names, rotation=90, fontsize=7)
-  axis.set_ylim(bottom=0)
 
 
 def study(args: argparse.Namespace, command: str) -> None:
