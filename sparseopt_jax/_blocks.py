@@ -2,14 +2,15 @@
 
 XLA compiles an operation anew for every shape it meets, and memory that a
 program has not used before is slow on a CPU. So small layers are packed into a
-few blocks of equal shape, each layer from the start of a row on; a block reuses
-the program and the memory of the one before. A large layer makes up a block of
-its own and keeps its axes, so that it can stay sharded.
+few blocks of equal shape, each layer from the start of a row on, and a loop
+takes one block after the other. A large layer makes up a block of its own and
+keeps its axes, so that it can stay sharded.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
+import functools
 import math
-from typing import Any
 
 import jax
 from jax import lax
@@ -27,7 +28,7 @@ def linear_index(shape: Shape) -> jax.Array:
   """The row-major position of each element; uint32."""
   index = jnp.zeros(shape, jnp.uint32)
   for axis in range(len(shape)):
-    stride = jnp.uint32(math.prod(shape[axis + 1 :]))
+    stride = np.uint32(math.prod(shape[axis + 1 :]))
     index += stride * lax.broadcasted_iota(jnp.uint32, shape, axis)
   return index
 
@@ -48,151 +49,208 @@ def _sums(values: Sequence[jax.Array], axes: Sequence[int]) -> list[jax.Array]:
   def add(a: tuple, b: tuple) -> tuple:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
-  return lax.reduce(tuple(values), (jnp.int32(0),) * len(values), add, axes)
+  return lax.reduce(tuple(values), (np.int32(0),) * len(values), add, axes)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class Block:
   """One or more layers as an array whose first axis runs over rows.
 
-  A value for each layer is an array of shape (slots,), in the order of
-  ``layers``; the slots at the end may be empty, without a row.
+  Each layer has a slot for its values; the last slots may be empty, without a
+  row.
 
   Attributes:
-    layers: Which layers these are, among all.
-    slots: The number of layers that there is room for.
     shape: Of the array.
+    layers: Which layers these are, among all; int32 of shape (slots,).
+    sizes: The number of elements in each slot, padding included; likewise.
+    padding: The number of those that belong to no layer; likewise.
+    slots_of_rows: The slot that each row belongs to; int32 of shape (rows,).
+    starts: The position of each row in its layer; uint32 of shape (rows,).
   """
 
-  def __init__(
-    self, layers: Sequence[int], shapes: Sequence[Shape], rows: int, slots: int
-  ):
-    """Lays out layers one below the other.
-
-    Args:
-      layers: Which layers, among all.
-      shapes: The shapes of all layers.
-      rows: The number of rows; 0 for a single layer that keeps its axes.
-      slots: The number of layers that there is room for.
-    """
-    self.layers = list(layers)
-    self.slots = slots
-    self._shapes = [shapes[i] for i in layers]
-    self._whole = rows == 0
-    row = self._shapes[0] if self._whole else (_ROW,)
-    heights = [1] if self._whole else [_height(s) for s in self._shapes]
-    heights[-1] += max(rows, 1) - sum(heights)
-    self._starts = np.cumsum([0, *heights])
-    self._slot_of_row = np.repeat(np.arange(len(heights)), heights)
-    self.shape = (len(self._slot_of_row), *row)
-    self.inner_axes = range(1, len(self.shape))
-
-  def take(self, per_layer: Sequence[Any]) -> list:
-    """The entries of these layers, out of all."""
-    return [per_layer[i] for i in self.layers]
-
-  def take_array(self, per_layer: jax.Array) -> jax.Array:
-    """The same with an array; empty slots get just any entry."""
-    empty = [0] * (self.slots - len(self.layers))
-    return per_layer[np.array([*self.layers, *empty])]
-
-  def pack(self, layers: Sequence[jax.Array], fill: float) -> jax.Array:
-    """These layers, out of all, in one array with ``fill`` for padding."""
-    mine = self.take(layers)
-    if self._whole:
-      return jnp.expand_dims(mine[0], 0)
-    pieces = []
-    for layer, rows in zip(mine, np.diff(self._starts), strict=True):
-      # Whole rows need no copy of their own.
-      flat, whole = layer.reshape(-1), layer.size // _ROW * _ROW
-      rest = (0, int(rows) * _ROW - layer.size)
-      pieces.append(flat[:whole].reshape(-1, _ROW))
-      tail = jnp.pad(flat[whole:], rest, constant_values=fill)
-      pieces.append(tail.reshape(-1, _ROW))
-    return jnp.concatenate([piece for piece in pieces if piece.size])
-
-  def starts(self) -> list[jax.Array]:
-    """Where each layer starts in the flattened array.
-
-    As a result of ``lax.cond`` they are unknown to the compiler, which then
-    needs one program to unpack all layers of a shape.
-    """
-    return [jnp.int32(start * _ROW) for start in self._starts[:-1]]
-
-  def unpack(
-    self, array: jax.Array, starts: Sequence[jax.Array]
-  ) -> list[jax.Array]:
-    """The layers in their own shapes."""
-    if self._whole:
-      return [array[0]]
-    flat = array.reshape(-1)
-    return [
-      lax.dynamic_slice(flat, (start,), (math.prod(shape),)).reshape(shape)
-      for start, shape in zip(starts, self._shapes, strict=True)
-    ]
+  shape: Shape
+  layers: jax.Array
+  sizes: jax.Array
+  padding: jax.Array
+  slots_of_rows: jax.Array
+  starts: jax.Array
 
   def spread(self, per_slot: jax.Array) -> jax.Array:
     """A value of each layer, shaped to broadcast against the array."""
-    return jnp.expand_dims(per_slot[self._slot_of_row], self.inner_axes)
+    return self._along_rows(per_slot[self.slots_of_rows])
 
   def count(self, conditions: Sequence[jax.Array]) -> list[jax.Array]:
     """`counts` in each layer; of shape (slots,)."""
-    slots = jnp.arange(self.slots)[:, None]
-    mine = slots == jnp.array(self._slot_of_row)[None]
-    per_row = counts(conditions, self.inner_axes)
+    slots = jnp.arange(self.sizes.size)[:, None]
+    mine = slots == self.slots_of_rows[None]
+    per_row = counts(conditions, range(1, len(self.shape)))
     return _sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
-
-  def sizes(self) -> np.ndarray:
-    """The number of elements in each slot, padding included; int32."""
-    heights = np.bincount(self._slot_of_row, minlength=self.slots)
-    return (heights * math.prod(self.shape[1:])).astype(np.int32)
-
-  def padding(self) -> np.ndarray:
-    """The number of elements in each slot that belong to no layer; int32."""
-    real = [math.prod(shape) for shape in self._shapes]
-    real += [0] * (self.slots - len(real))
-    return self.sizes() - np.array(real, np.int32)
 
   def position(self) -> jax.Array:
     """The row-major position of each element in its layer; uint32."""
-    rows = np.arange(self.shape[0]) - self._starts[self._slot_of_row]
-    first = jnp.array(rows * math.prod(self.shape[1:]), jnp.uint32)
     index = jnp.expand_dims(linear_index(self.shape[1:]), 0)
-    return jnp.expand_dims(first, self.inner_axes) + index
+    return self._along_rows(self.starts) + index
 
   def is_layer(self) -> jax.Array:
     """False for padding."""
-    real = jnp.array(self.sizes() - self.padding(), jnp.uint32)
+    real = (self.sizes - self.padding).astype(jnp.uint32)
     return self.position() < self.spread(real)
+
+  def _along_rows(self, per_row: jax.Array) -> jax.Array:
+    return jnp.expand_dims(per_row, range(1, len(self.shape)))
+
+
+# A value for each element of each layer, and one for padding.
+Column = tuple[Sequence[jax.Array], float]
+
+
+def block_by_block(
+  shapes: Sequence[Shape],
+  function: Callable[..., jax.Array],
+  *columns: Column,
+) -> list[jax.Array]:
+  """Applies a function of blocks to layers.
+
+  Args:
+    shapes: Of the layers.
+    function: Takes a block and, for each column, the array of its layers;
+      returns an array of the block's shape.
+    *columns: What the function works on.
+
+  Returns:
+    What it gives for each layer.
+  """
+  found: dict[int, jax.Array] = {}
+  for i in [i for i, s in enumerate(shapes) if math.prod(s) > _LARGE]:
+    arrays = [jnp.expand_dims(layers[i], 0) for layers, _ in columns]
+    found[i] = function(_alone(i, shapes[i]), *arrays)[0]
+  small = [i for i in range(len(shapes)) if i not in found]
+  if small:
+    found |= _in_groups(small, shapes, function, columns)
+  return [found[i] for i in range(len(shapes))]
+
+
+def _alone(layer: int, shape: Shape) -> Block:
+  """A block of one layer as it is."""
+  zero = jnp.zeros(1, jnp.int32)
+  size = zero + math.prod(shape)
+  start = zero.astype(jnp.uint32)
+  return Block((1, *shape), zero + layer, size, zero, zero, start)
+
+
+def _in_groups(
+  small: Sequence[int],
+  shapes: Sequence[Shape],
+  function: Callable[..., jax.Array],
+  columns: Sequence[Column],
+) -> dict[int, jax.Array]:
+  """`block_by_block` for some of the layers, in blocks that are all alike."""
+  groups = _groups({i: _height(shapes[i]) for i in small})
+  heights = [[_height(shapes[i]) for i in group] for group in groups]
+  rows = max(map(sum, heights))
+  slots = max(map(len, groups))
+  for column in heights:
+    column[-1] += rows - sum(column)
+  tables = [
+    _table(group, column, shapes, slots)
+    for group, column in zip(groups, heights, strict=True)
+  ]
+  packers = [
+    functools.partial(_pack, group, column, columns)
+    for group, column in zip(groups, heights, strict=True)
+  ]
+
+  def one(row: tuple[jax.Array, ...]) -> jax.Array:
+    number, *table = row
+    arrays = lax.switch(number, packers)
+    return function(Block((rows, _ROW), *table), *arrays)
+
+  numbers = np.arange(len(groups), dtype=np.int32)
+  stacked = [np.stack(column) for column in zip(*tables, strict=True)]
+  packed = lax.map(one, (numbers, *map(jnp.array, stacked)))
+  return _unpack(packed.reshape(len(groups), -1), groups, heights, shapes)
+
+
+def _groups(heights: dict[int, int]) -> list[list[int]]:
+  """Layers in groups of about the same number of rows."""
+  groups: list[list[int]] = [
+    [] for _ in range(-(-sum(heights.values()) * _ROW // _LARGE))
+  ]
+  for i in sorted(heights, key=lambda i: -heights[i]):
+    min(groups, key=lambda group: sum(heights[j] for j in group)).append(i)
+  return groups
 
 
 def _height(shape: Shape) -> int:
   return -(-math.prod(shape) // _ROW)
 
 
-def _plan(shapes: Sequence[Shape]) -> list[Block]:
-  """Blocks that hold each layer once; those of small layers are alike."""
-  large = [i for i, s in enumerate(shapes) if math.prod(s) > _LARGE]
-  heights = {i: _height(s) for i, s in enumerate(shapes) if i not in large}
-  groups: list[list[int]] = [
-    [] for _ in range(-(-sum(heights.values()) * _ROW // _LARGE))
-  ]
-  total = lambda group: sum(heights[i] for i in group)
-  for i in sorted(heights, key=lambda i: -heights[i]):
-    min(groups, key=total).append(i)
-  rows = max(map(total, groups), default=0)
-  slots = max(map(len, groups), default=0)
-  return [Block([i], shapes, 0, 1) for i in large] + [
-    Block(group, shapes, rows, slots) for group in groups
-  ]
-
-
-def block_by_block(
+def _table(
+  group: Sequence[int],
+  heights: Sequence[int],
   shapes: Sequence[Shape],
-  function: Callable[[Block], tuple[jax.Array, Sequence[jax.Array]]],
+  slots: int,
+) -> tuple[np.ndarray, ...]:
+  """The arrays of a `Block`."""
+  empty = [0] * (slots - len(group))
+  layers = np.array([*group, *empty], np.int32)
+  sizes = np.array([*heights, *empty], np.int32) * _ROW
+  real = [math.prod(shapes[i]) for i in group]
+  padding = sizes - np.array([*real, *empty], np.int32)
+  slots_of_rows = np.repeat(np.arange(len(group), dtype=np.int32), heights)
+  starts = [np.arange(height, dtype=np.uint32) * _ROW for height in heights]
+  return layers, sizes, padding, slots_of_rows, np.concatenate(starts)
+
+
+def _pack(
+  group: Sequence[int], heights: Sequence[int], columns: Sequence[Column]
 ) -> list[jax.Array]:
-  """Unpacks what ``function`` gives for each block: an array and its starts."""
-  layers: dict[int, jax.Array] = {}
-  for block in _plan(shapes):
-    unpacked = block.unpack(*function(block))
-    layers.update(zip(block.layers, unpacked, strict=True))
-  return [layers[i] for i in range(len(shapes))]
+  """The layers of a group one below the other."""
+  arrays = []
+  for layers, fill in columns:
+    dtype = _common_dtype([layer.dtype for layer in layers])
+    pieces = []
+    for i, rows in zip(group, heights, strict=True):
+      # Whole rows need no copy of their own.
+      flat = layers[i].reshape(-1).astype(dtype)
+      whole = flat.size // _ROW * _ROW
+      rest = (0, rows * _ROW - flat.size)
+      tail = jnp.pad(flat[whole:], rest, constant_values=fill)
+      pieces += [flat[:whole].reshape(-1, _ROW), tail.reshape(-1, _ROW)]
+    arrays.append(jnp.concatenate([piece for piece in pieces if piece.size]))
+  return arrays
+
+
+def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
+  """One that holds the values of all exactly; they are floats, or all alike."""
+  if len(set(dtypes)) == 1:
+    return dtypes[0]
+  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def _unpack(
+  packed: jax.Array,
+  groups: Sequence[Sequence[int]],
+  heights: Sequence[Sequence[int]],
+  shapes: Sequence[Shape],
+) -> dict[int, jax.Array]:
+  """The layers in their own shapes, out of the rows of all groups."""
+  starts = {
+    i: (np.int32(number), np.int32(start * _ROW))
+    for number, group in enumerate(groups)
+    for i, start in zip(
+      group, np.cumsum([0, *heights[number][:-1]]), strict=True
+    )
+  }
+  # What a branch gives is unknown to the compiler, which then needs one program
+  # to unpack all layers of a shape. It is always the first.
+  starts = lax.cond(
+    packed[0, 0].astype(jnp.int32) >= 0,
+    lambda: starts,
+    lambda: dict.fromkeys(starts, (np.int32(0), np.int32(0))),
+  )
+  found = {}
+  for i, start in starts.items():
+    flat = lax.dynamic_slice(packed, start, (1, math.prod(shapes[i])))
+    found[i] = flat.reshape(shapes[i])
+  return found

@@ -1,7 +1,5 @@
 """Masks from the values of dense parameters."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,13 +68,12 @@ def magnitude_masks(
   excess = [layers[path].size - count for path, count in counts.items()]
   n = jnp.array(excess, jnp.int32)
 
-  def keep(block: _blocks.Block) -> tuple[jax.Array, Sequence[jax.Array]]:
-    wanted = jnp.where(block.sizes() > 0, block.take_array(n), 0)
-    values = block.pack(list(layers.values()), 0.0)
-    pruned = _selection.smallest(block, values, block.is_layer(), wanted)
-    return ~pruned, block.starts()
+  def keep(block: _blocks.Block, values: jax.Array) -> jax.Array:
+    wanted = jnp.where(block.sizes > 0, n[block.layers], 0)
+    return ~_selection.smallest(block, values, block.is_layer(), wanted)
 
-  masks = iter(_blocks.block_by_block(list(shapes.values()), keep))
+  column = (list(layers.values()), 0.0)
+  masks = iter(_blocks.block_by_block(list(shapes.values()), keep, column))
   return jax.tree.unflatten(
     treedef,
     [next(masks) if choice else optax.MaskedNode() for choice in chosen],

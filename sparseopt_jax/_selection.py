@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from sparseopt_jax import _blocks
 from sparseopt_jax import _correction
@@ -38,12 +39,12 @@ def random_order(
     words: Two uint32, fresh for each layer and use.
     position: uint32 below 2**31.
   """
-  low = jnp.uint32(_MAX_ORDER)
+  low = np.uint32(_MAX_ORDER)
   bits = position
   for word in words:
     bits ^= word & low
-    bits = ((bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)) & low
-    bits = ((bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)) & low
+    bits = ((bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)) & low
+    bits = ((bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)) & low
     bits ^= bits >> 16
   return bits
 
@@ -63,14 +64,14 @@ def _large_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
   """In the order of |value|: 0 not eligible, 1 NaN, 2 zero, ..., infinity."""
   bits, infinity = _magnitude(value)
   key = jnp.where(bits > infinity, jnp.ones_like(bits), bits + _ZERO_KEY)
-  return jnp.where(eligible, key, jnp.zeros_like(bits))
+  return jnp.where(eligible, key, 0)
 
 
 def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
   """Against the order of |value|: 0 not eligible, 1 NaN, 2 infinity, ..."""
   bits, infinity = _magnitude(value)
   key = jnp.where(bits > infinity, jnp.ones_like(bits), infinity - bits + 2)
-  return jnp.where(eligible, key, jnp.zeros_like(bits))
+  return jnp.where(eligible, key, 0)
 
 
 def _max_key(dtype: jnp.dtype) -> jax.Array:
@@ -92,7 +93,7 @@ def _search(
   block: _blocks.Block,
   keys: Callable[[], jax.Array],
   n: jax.Array,
-  limit: jax.Array,
+  limit: jax.Array | np.uint32,
 ) -> _Interval:
   """Narrows to where exactly ``n`` keys reach low, or only low's ties remain.
 
@@ -127,7 +128,7 @@ def _search(
   start = _Interval(
     low=jnp.where(n == 0, limit + 1, jnp.zeros_like(limit)),
     high=jnp.full(n.shape, limit + 1),
-    reach_low=jnp.where(n == 0, 0, jnp.array(block.sizes())),
+    reach_low=jnp.where(n == 0, 0, block.sizes),
     reach_high=jnp.zeros(n.shape, jnp.int32),
   )
   return lax.while_loop(is_open, narrow, start)
@@ -139,16 +140,15 @@ def _select(
   """The ``n`` largest keys of each layer, of equal ones the first."""
   found = _search(block, lambda: key, n, limit)
   low = block.spread(found.low)
-  sizes = jnp.array(block.sizes())
-  end = block.spread(sizes.astype(jnp.uint32))
+  end = block.spread(block.sizes.astype(jnp.uint32))
 
   def ties() -> jax.Array:
-    return jnp.where(key == low, end - block.position(), jnp.uint32(0))
+    return jnp.where(key == low, end - block.position(), 0)
 
   # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
-  wanted = jnp.where(tied, n - found.reach_high, sizes)
-  most = jnp.uint32(math.prod(block.shape))
+  wanted = jnp.where(tied, n - found.reach_high, block.sizes)
+  most = np.uint32(math.prod(block.shape))
   last = block.spread(_search(block, ties, wanted, most).low)
   return (key > low) | ((key == low) & (ties() >= last)), found
 
@@ -223,7 +223,7 @@ def at_random(
   """
   state = (block.spread(words[:, 0]), block.spread(words[:, 1]))
   order = random_order(state, block.position()) + 1
-  key = jnp.where(eligible, order, jnp.uint32(0))
+  key = jnp.where(eligible, order, 0)
   # No two keys are equal, so the search ends with exactly n above low.
-  found = _search(block, lambda: key, n, jnp.uint32(_MAX_ORDER + 1))
+  found = _search(block, lambda: key, n, np.uint32(_MAX_ORDER + 1))
   return key >= block.spread(found.low)

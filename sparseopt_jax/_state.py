@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sparseopt_jax import _leaves
@@ -50,16 +51,20 @@ class SettledState(SparseOptState):
 
 
 def has_bits(status: jax.Array, bits: int) -> jax.Array:
-  return (status & jnp.uint8(bits)) != 0
+  return (status & np.uint8(bits)) != 0
 
 
 def just_updated(state: SparseOptState) -> jax.Array:
   return state.updated_at == state.count
 
 
-def is_settled(status: jax.Array, fresh: jax.Array) -> jax.Array:
-  """Active, and not grown just now if ``fresh`` says that masks are new."""
-  bits = jnp.where(fresh, jnp.uint8(ACTIVE | CHANGED), jnp.uint8(ACTIVE))
+def settled_bits(fresh: jax.Array) -> jax.Array:
+  """What `is_settled` looks at, where ``fresh`` says that masks are new."""
+  return jnp.where(fresh, np.uint8(ACTIVE | CHANGED), np.uint8(ACTIVE))
+
+
+def is_settled(status: jax.Array, bits: jax.Array) -> jax.Array:
+  """Active, and not grown just now."""
   return (status & bits) == ACTIVE
 
 

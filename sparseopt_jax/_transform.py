@@ -125,10 +125,10 @@ def _neurons(mask: jax.Array, axes: Sequence[int]) -> tuple:
     axes: The input axes.
   """
   active, inactive = _blocks.counts([mask, ~mask], axes)
-  # Were active all that is used, counting would be slow.
-  fan_in = active + jnp.minimum(inactive, 0)
-  scale = _correction.scale_from_fan_in(fan_in, range(fan_in.ndim))
-  return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
+  scale = _correction.scale_from_fan_in(active, range(active.ndim))
+  # Always so; but were active all that is used, counting would be slow.
+  scale = jnp.where(inactive >= 0, scale, 0)
+  return jnp.expand_dims(active, axes), jnp.expand_dims(scale, axes)
 
 
 # Compiled as a whole: outside of jit, init would compile one operation after
@@ -142,12 +142,11 @@ def _random_masks(
   key = lax.optimization_barrier(key_data)
   words = _topology.random_words(key, jnp.uint32(0), len(shapes))
 
-  def draw(block: _blocks.Block) -> tuple[jax.Array, Sequence[jax.Array]]:
-    wanted = jnp.where(block.sizes() > 0, block.take_array(counts), 0)
-    mask = _selection.at_random(
-      block, block.is_layer(), wanted, block.take_array(words)
+  def draw(block: _blocks.Block) -> jax.Array:
+    wanted = jnp.where(block.sizes > 0, counts[block.layers], 0)
+    return _selection.at_random(
+      block, block.is_layer(), wanted, words[block.layers]
     )
-    return mask, block.starts()
 
   return _blocks.block_by_block(shapes, draw)
 
@@ -159,7 +158,7 @@ def _initial_state(
   """Status, fan-in and scale of a layer with this mask."""
   fan_in, scale = _neurons(mask, axes)
   status = jnp.where(
-    mask, jnp.uint8(_state.ACTIVE | _state.EXPLORED), jnp.uint8(0)
+    mask, np.uint8(_state.ACTIVE | _state.EXPLORED), np.uint8(0)
   )
   return status, fan_in, scale
 
@@ -167,11 +166,11 @@ def _initial_state(
 def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
   changed = new_mask != _state.has_bits(status, _state.ACTIVE)
   return (
-    (status & jnp.uint8(_state.EXPLORED))
+    (status & np.uint8(_state.EXPLORED))
     | jnp.where(
-      new_mask, jnp.uint8(_state.ACTIVE | _state.EXPLORED), jnp.uint8(0)
+      new_mask, np.uint8(_state.ACTIVE | _state.EXPLORED), np.uint8(0)
     )
-    | jnp.where(changed, jnp.uint8(_state.CHANGED), jnp.uint8(0))
+    | jnp.where(changed, np.uint8(_state.CHANGED), np.uint8(0))
   )
 
 
@@ -189,34 +188,27 @@ def _update_masks(
   count = optax.safe_increment(state.count)
   words = _topology.random_words(state.key, count, len(status))
 
-  def new_mask(
-    block: _blocks.Block,
-  ) -> tuple[jax.Array, Sequence[jax.Array]]:
-    # Padding is active, so it never grows, and NaN, so it is dropped last.
-    mask = _state.has_bits(block.pack(status, _state.ACTIVE), _state.ACTIVE)
-
-    def change() -> jax.Array:
-      active, _ = block.count([mask, ~mask])
-      return _topology.update_masks(
-        block,
-        mask,
-        block.pack(weights, jnp.nan),
-        None if scores is None else block.pack(scores, 0.0),
-        topology.drop_counts(state.count, active - block.padding()),
-        block.take_array(words),
-      )
-
-    return lax.cond(
-      finite,
-      lambda: (change(), block.starts()),
-      lambda: (mask, block.starts()),
+  def change(
+    block: _blocks.Block, old: jax.Array, weights: jax.Array, *scores: jax.Array
+  ) -> jax.Array:
+    mask = _state.has_bits(old, _state.ACTIVE)
+    active, _ = block.count([mask, ~mask])
+    new_mask = _topology.update_masks(
+      block,
+      mask,
+      weights,
+      scores[0] if scores else None,
+      topology.drop_counts(state.count, active - block.padding),
+      words[block.layers],
     )
+    return jnp.where(finite, _new_status(old, new_mask), old)
 
-  new_masks = _blocks.block_by_block([s.shape for s in status], new_mask)
-  new_status = [
-    jnp.where(finite, _new_status(old, mask), old)
-    for old, mask in zip(status, new_masks, strict=True)
-  ]
+  # Padding is active, so it never grows, and NaN, so it is dropped last.
+  columns: list[_blocks.Column] = [(status, _state.ACTIVE), (weights, jnp.nan)]
+  if scores is not None:
+    columns.append((scores, 0.0))
+  shapes = [s.shape for s in status]
+  new_status = _blocks.block_by_block(shapes, change, *columns)
   return state._replace(
     updated_at=jnp.where(finite, count, state.updated_at),
     skipped=state.skipped + (~finite).astype(jnp.int32),
@@ -289,14 +281,13 @@ def _advance(
 
 def _correct(gradients: Any, state: SparseOptState, scale: Any) -> Any:
   """Zero outside the masks; rescaled where the layer is corrected."""
-  fresh = _state.just_updated(state)
+  bits = _state.settled_bits(_state.just_updated(state))
 
   def one(status: Any, gradient: Any, scale: Any) -> Any:
     if _leaves.is_masked_node(status):
       return gradient
     scaled = _scaled(gradient, scale)
-    zero = jnp.zeros_like(scaled)
-    return jnp.where(_state.is_settled(status, fresh), scaled, zero)
+    return jnp.where(_state.is_settled(status, bits), scaled, 0)
 
   return jax.tree.map(
     one, state.status, gradients, scale, is_leaf=_leaves.is_masked_node

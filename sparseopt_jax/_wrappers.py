@@ -106,12 +106,12 @@ def apply_masks(
 
 def _select_settled(status: Any, fresh: jax.Array, params: Any) -> Any:
   """Zero outside the masks, and where the mask changed if ``fresh``."""
+  bits = _state.settled_bits(fresh)
 
   def one(status: Any, param: Any) -> Any:
     if _leaves.is_masked_node(status):
       return param
-    settled = _state.is_settled(status, fresh)
-    return jnp.where(settled, param, jnp.zeros_like(param))
+    return jnp.where(_state.is_settled(status, bits), param, 0)
 
   return jax.tree.map(one, status, params, is_leaf=_leaves.is_masked_node)
 
@@ -120,12 +120,13 @@ def _cancel_outside(
   status: Any, fresh: jax.Array, updates: Any, params: Any
 ) -> Any:
   """Updates that put every weight outside the masks at exactly 0."""
+  bits = _state.settled_bits(fresh)
 
   def one(status: Any, update: Any, param: Any) -> Any:
     if _leaves.is_masked_node(status):
       return update
     # Promotes: a bfloat16 update could not cancel a float32 parameter.
-    return jnp.where(_state.is_settled(status, fresh), update, -param)
+    return jnp.where(_state.is_settled(status, bits), update, -param)
 
   return jax.tree.map(
     one, status, updates, params, is_leaf=_leaves.is_masked_node
@@ -136,7 +137,7 @@ def _zero_where(changed: Any, tree: Any) -> Any:
   def one(changed: Any, leaf: Any) -> Any:
     if _leaves.is_masked_node(changed):
       return leaf
-    return jnp.where(changed, jnp.zeros_like(leaf), leaf)
+    return jnp.where(changed, 0, leaf)
 
   return jax.tree.map(one, changed, tree, is_leaf=_leaves.is_masked_node)
 

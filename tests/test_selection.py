@@ -27,20 +27,19 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0, 2.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8]
 def select(name, layers, eligible, n, words):
   """A selection over all layers, in whatever blocks they come."""
 
-  def function(block):
-    wanted = jnp.where(block.sizes() > 0, block.take_array(n), 0)
-    allowed = block.pack(eligible, 0) & block.is_layer()
-    words_here = block.take_array(words)
+  def function(block, allowed, values):
+    wanted = jnp.where(block.sizes > 0, n[block.layers], 0)
+    allowed &= block.is_layer()
+    words_here = words[block.layers]
     if name == "at_random":
-      chosen = _selection.at_random(block, allowed, wanted, words_here)
-    else:
-      values = block.pack(layers, 0.0)
-      extra = (words_here,) if name == "largest" else ()
-      select = getattr(_selection, name)
-      chosen = select(block, values, allowed, wanted, *extra)
-    return chosen, block.starts()
+      return _selection.at_random(block, allowed, wanted, words_here)
+    extra = (words_here,) if name == "largest" else ()
+    select = getattr(_selection, name)
+    return select(block, values, allowed, wanted, *extra)
 
-  return _blocks.block_by_block([layer.shape for layer in layers], function)
+  shapes = [layer.shape for layer in layers]
+  columns = (eligible, False), (layers, 0.0)
+  return _blocks.block_by_block(shapes, function, *columns)
 
 
 def _layers(seed, dtype, shapes=SHAPES):
@@ -112,6 +111,26 @@ def test_float64():
       jnp.array(WORDS),
     )
     np.testing.assert_array_equal(chosen[0], [[True, True, False]])
+
+
+def test_layers_of_several_dtypes():
+  """In one block, each by its own values."""
+  kinds = [jnp.bfloat16, np.float32, np.float16, jnp.bfloat16]
+  layers = [
+    layer.astype(kind)
+    for layer, kind in zip(_layers(5, np.float32), kinds, strict=True)
+  ]
+  eligible = _eligible(6)
+  n = np.array([e.sum() // 2 for e in eligible], np.int32)
+  for name in ("smallest", "largest"):
+    got = select(name, layers, eligible, n, jnp.array(WORDS))
+    rows = zip(got, layers, eligible, n, strict=True)
+    for chosen, values, allowed, k in rows:
+      if name == "largest":
+        _assert_largest(np.asarray(chosen), values, allowed, k)
+      else:
+        expected = oracle.drop(values, allowed, k)
+        np.testing.assert_array_equal(chosen, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
