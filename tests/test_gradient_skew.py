@@ -10,15 +10,15 @@ import optax
 import pytest
 
 from sparseopt_jax.studies import __main__ as command
-from sparseopt_jax.studies import gradient_skew
+from sparseopt_jax.studies import skew
 
-measure = jax.jit(gradient_skew.measure, static_argnums=0)
+measure = jax.jit(skew.measure, static_argnums=0)
 NAMES = ("relative update", "corrected relative update")
 
 
 @pytest.fixture(scope="module")
 def digits():
-  return gradient_skew.load("digits")
+  return skew.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,16 @@ def gaussian(inputs):
   rng = np.random.default_rng(0)
   images = rng.standard_normal((1024, inputs))
   labels = np.argmax(images @ rng.standard_normal((inputs, 10)), axis=1)
-  return gradient_skew.Examples(
+  return skew.Examples(
     jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
   )
 
 
 def mean_slope(examples, norm, start, fan_in, name, seeds):
   found = [
-    gradient_skew.slopes(
-      gradient_skew.at_initialization(examples, norm, start, seed), fan_in
-    )[name]
+    skew.slopes(skew.at_initialization(examples, norm, start, seed), fan_in)[
+      name
+    ]
     for seed in range(seeds)
   ]
   return np.mean(found)
@@ -56,9 +56,9 @@ def test_digits_are_standardised_and_live(digits):
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "group_norm"])
 def test_normalisation_amplifies_the_gradient(digits, norm):
   ratios = np.mean(
-    [gradient_skew.uniform_ratios(digits, norm, s) for s in range(3)], axis=0
+    [skew.uniform_ratios(digits, norm, s) for s in range(3)], axis=0
   )
-  fan_ins = np.array(gradient_skew.fan_ins(60))
+  fan_ins = np.array(skew.fan_ins(60))
   theory = np.sqrt(60 / fan_ins)
   enough = fan_ins >= 10
   assert enough.sum() == 8  # up to 80 %
@@ -66,13 +66,13 @@ def test_normalisation_amplifies_the_gradient(digits, norm):
 
 
 def test_without_normalisation_it_is_not_amplified(digits):
-  ratios = gradient_skew.uniform_ratios(digits, "none", 0)
+  ratios = skew.uniform_ratios(digits, "none", 0)
   np.testing.assert_allclose(ratios, 1, atol=0.1)
 
 
 def test_batch_norm_amplifies_up_to_95_percent_with_many_inputs():
-  ratios = gradient_skew.uniform_ratios(gaussian(400), "batch_norm", 0)
-  theory = (1 - np.array(gradient_skew.SPARSITIES)) ** -0.5
+  ratios = skew.uniform_ratios(gaussian(400), "batch_norm", 0)
+  theory = (1 - np.array(skew.SPARSITIES)) ** -0.5
   np.testing.assert_allclose(ratios, theory, rtol=0.1)
 
 
@@ -103,23 +103,23 @@ def test_sparseopt_takes_the_skew_out_on_digits(digits):
 
 def test_few_inputs_lose_a_direction(independent):
   found = [
-    gradient_skew.at_initialization(independent, "batch_norm", "he", seed)
+    skew.at_initialization(independent, "batch_norm", "he", seed)
     for seed in range(10)
   ]
   fan_in = np.concatenate([n.fan_in for n in found])
   logs = np.concatenate([np.log(n.corrected / n.weights) for n in found])
   usual = np.mean(logs[fan_in >= 20])
   for few, tolerance in ((2, 0.15), (3, 0.1), (4, 0.1), (6, 0.1)):
-    expected = gradient_skew.few_inputs(few)
+    expected = skew.few_inputs(few)
     measured = np.mean(logs[fan_in == few]) - usual
     assert measured == pytest.approx(expected, abs=tolerance)
 
 
 def test_one_input_has_no_gradient_under_batch_norm(digits):
-  model = gradient_skew.Mlp("batch_norm", width=8)
+  model = skew.Mlp("batch_norm", width=8)
   key = jax.random.key(0)
-  mask = gradient_skew.draw_mask(key, jnp.ones(8, jnp.int32), 60)
-  params = gradient_skew.init(model, key, mask, "he")
+  mask = skew.draw_mask(key, jnp.ones(8, jnp.int32), 60)
+  params = skew.init(model, key, mask, "he")
   # Of length 1: batch norm's epsilon tells very short weights apart.
   params["hidden"]["kernel"] = mask.astype(jnp.float32)
   neurons = measure(model, params, mask, digits)
@@ -128,20 +128,20 @@ def test_one_input_has_no_gradient_under_batch_norm(digits):
 
 
 def test_masks_have_the_fan_ins_asked_for():
-  fan_in = gradient_skew.draw_fan_ins(jax.random.key(1), 60, 500)
+  fan_in = skew.draw_fan_ins(jax.random.key(1), 60, 500)
   assert int(fan_in.min()) == 2
   assert int(fan_in.max()) > 50
-  mask = gradient_skew.draw_mask(jax.random.key(2), fan_in, 60)
+  mask = skew.draw_mask(jax.random.key(2), fan_in, 60)
   np.testing.assert_array_equal(mask.sum(axis=0), fan_in)
 
 
 def test_gradient_equals_that_derived_by_hand(digits):
   """The backward pass of batch norm and softmax in float64 NumPy."""
-  model = gradient_skew.Mlp("batch_norm", width=16)
+  model = skew.Mlp("batch_norm", width=16)
   key = jax.random.key(3)
-  fan_in = gradient_skew.draw_fan_ins(key, 60, 16)
-  mask = gradient_skew.draw_mask(key, fan_in, 60)
-  params = gradient_skew.init(model, key, mask, "per_neuron")
+  fan_in = skew.draw_fan_ins(key, 60, 16)
+  mask = skew.draw_mask(key, fan_in, 60)
+  params = skew.init(model, key, mask, "per_neuron")
   got = measure(model, params, mask, digits)
 
   x = np.asarray(digits.images, np.float64)
@@ -168,11 +168,11 @@ def test_gradient_equals_that_derived_by_hand(digits):
 def test_training_is_sgd_with_momentum(digits, correction):
   """Against a loop over plain Optax, masks applied by hand."""
   decay = 1e-3
-  [[start, end]] = gradient_skew.along_training(
+  [[start, end]] = skew.along_training(
     digits, "he", correction, decay, [4], [0, 3]
   )
-  model = gradient_skew.Mlp("batch_norm", gradient_skew.TRAINED_WIDTH)
-  params, mask = gradient_skew._start(model, 4, digits, "he")
+  model = skew.Mlp("batch_norm", skew.TRAINED_WIDTH)
+  params, mask = skew._start(model, 4, digits, "he")
   before = measure(model, params, mask, digits)
   np.testing.assert_allclose(start.gradient, before.gradient, rtol=1e-3)
 
@@ -181,11 +181,11 @@ def test_training_is_sgd_with_momentum(digits, correction):
   factor = jnp.asarray(np.asarray(mask) * scale, jnp.float32)
   tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(0.1, 0.9))
   opt_state = tx.init(params)
-  gradient_of = jax.jit(jax.grad(gradient_skew.loss, 1), static_argnums=0)
+  gradient_of = jax.jit(jax.grad(skew.loss, 1), static_argnums=0)
   for step in range(3):
     key = jax.random.fold_in(jax.random.key(4), step)
     rows = jax.random.randint(key, (128,), 0, 1437)
-    batch = gradient_skew.Examples(digits.images[rows], digits.labels[rows])
+    batch = skew.Examples(digits.images[rows], digits.labels[rows])
     gradient = gradient_of(model, params, batch)
     gradient["hidden"]["kernel"] *= factor
     updates, opt_state = tx.update(gradient, opt_state, params)
@@ -207,7 +207,7 @@ def test_training_is_sgd_with_momentum(digits, correction):
   ],
 )
 def test_stops(steps, stops):
-  assert gradient_skew.stops_until(steps) == stops
+  assert skew.stops_until(steps) == stops
 
 
 def test_the_command_leaves_its_results(digits, tmp_path, capsys):
@@ -217,13 +217,13 @@ def test_the_command_leaves_its_results(digits, tmp_path, capsys):
   assert raw["dataset"] == "digits"
   assert raw["stops"] == [0, 2]
   assert raw["command"].endswith(" ".join(["gradient-skew", *arguments]))
-  again = gradient_skew.uniform_ratios(digits, "batch_norm", 1)
+  again = skew.uniform_ratios(digits, "batch_norm", 1)
   assert [values[1] for values in raw["ratios"]["batch_norm"].values()] == again
   for norm, start in itertools.product(
-    gradient_skew.NORMALIZATIONS, gradient_skew.INITIALIZATIONS
+    skew.NORMALIZATIONS, skew.INITIALIZATIONS
   ):
-    neurons = gradient_skew.at_initialization(digits, norm, start, 1)
-    expected = gradient_skew.slopes(neurons, 2)
+    neurons = skew.at_initialization(digits, norm, start, 1)
+    expected = skew.slopes(neurons, 2)
     found = raw["slopes"][norm][start]["2"]
     assert {name: values[1] for name, values in found.items()} == expected
   text = (tmp_path / "gradient-skew.txt").read_text()
