@@ -181,7 +181,7 @@ def _curves(
     groups["dense"] = tuple(dense)
   for label, runs in groups.items():
     epochs = [line["epoch"] for line in runs[0].lines]
-    for figure, style in (("test_accuracy", "-"), ("train_accuracy", ":")):
+    for figure, style in (("test_accuracy", ".-"), ("train_accuracy", ".:")):
       values = np.array([[line[figure] for line in r.lines] for r in runs])
       is_test = figure == "test_accuracy"
       axis.plot(
@@ -226,8 +226,9 @@ def figure(
 ) -> Figure:
   """Curves of each condition and budget, and all differences."""
   rows, columns = len(args.conditions), len(args.budgets)
-  found = Figure(figsize=(3.3 * columns + 5, 2.3 * rows), layout="constrained")
-  parts: Any = found.subfigures(1, 2, width_ratios=(3.3 * columns, 5))
+  width = max(3.3 * columns, 4.5)  # of the curves; the legend needs its room
+  found = Figure(figsize=(width + 5, 2.3 * rows), layout="constrained")
+  parts: Any = found.subfigures(1, 2, width_ratios=(width, 5))
   left, right = parts
   axes = left.subplots(rows, columns, squeeze=False)
   for i, condition in enumerate(args.conditions):
