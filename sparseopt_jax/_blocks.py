@@ -20,7 +20,7 @@ import numpy as np
 Shape = tuple[int, ...]
 
 _ROW = 4096
-# The number of weights of a block, and of the smallest large layer.
+# The most weights of a small layer; a block of small ones has about as many.
 _LARGE = 1 << 22
 
 
@@ -38,9 +38,10 @@ def counts(
 ) -> list[jax.Array]:
   """How often each of some bool arrays of one shape is true, over ``axes``.
 
-  One variadic reduction reads its operands once for all conditions. On a CPU it
-  is vectorised, while XLA turns a sum of one array, which is what remains if
-  only one count is used, into a tree of sums that takes several times longer.
+  One variadic reduction reads its operands once for all conditions. Over the
+  last axis it is vectorised on a CPU, while XLA turns a sum of one array, which
+  is what remains if only one count is used, into a tree of sums that takes
+  several times longer.
   """
   return _sums([c.astype(jnp.int32) for c in conditions], axes)
 
@@ -57,7 +58,7 @@ class Block:
   """One or more layers as an array whose first axis runs over rows.
 
   Each layer has a slot for its values; the last slots may be empty, without a
-  row.
+  row. `take` fills those with zeros.
 
   Attributes:
     shape: Of the array.
@@ -75,13 +76,19 @@ class Block:
   slots_of_rows: jax.Array
   starts: jax.Array
 
+  def take(self, per_layer: jax.Array) -> jax.Array:
+    """What each of these layers has, out of all; along the first axis."""
+    taken = per_layer[self.layers]
+    real = jnp.expand_dims(self.sizes > 0, range(1, taken.ndim))
+    return jnp.where(real, taken, 0)
+
   def spread(self, per_slot: jax.Array) -> jax.Array:
     """A value of each layer, shaped to broadcast against the array."""
     return self._along_rows(per_slot[self.slots_of_rows])
 
   def count(self, conditions: Sequence[jax.Array]) -> list[jax.Array]:
     """`counts` in each layer; of shape (slots,)."""
-    slots = jnp.arange(self.sizes.size)[:, None]
+    slots = jnp.arange(self.sizes.size, dtype=jnp.int32)[:, None]
     mine = slots == self.slots_of_rows[None]
     per_row = counts(conditions, range(1, len(self.shape)))
     return _sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
@@ -114,7 +121,7 @@ def block_by_block(
   Args:
     shapes: Of the layers.
     function: Takes a block and, for each column, the array of its layers;
-      returns an array of the block's shape.
+      returns bools or uint8 of the block's shape.
     *columns: What the function works on.
 
   Returns:
@@ -148,36 +155,42 @@ def _in_groups(
   groups = _groups({i: _height(shapes[i]) for i in small})
   heights = [[_height(shapes[i]) for i in group] for group in groups]
   rows = max(map(sum, heights))
+  for of_group in heights:
+    of_group[-1] += rows - sum(of_group)
   slots = max(map(len, groups))
-  for column in heights:
-    column[-1] += rows - sum(column)
-  tables = [
-    _table(group, column, shapes, slots)
-    for group, column in zip(groups, heights, strict=True)
-  ]
-  packers = [
-    functools.partial(_pack, group, column, columns)
-    for group, column in zip(groups, heights, strict=True)
-  ]
+  dtypes = [_common_dtype([layers[i] for i in small]) for layers, _ in columns]
+  packers, tables = [], []
+  for group, of_group in zip(groups, heights, strict=True):
+    packers.append(functools.partial(_pack, group, of_group, columns, dtypes))
+    tables.append(_table(group, of_group, shapes, slots))
 
-  def one(row: tuple[jax.Array, ...]) -> jax.Array:
-    number, *table = row
+  def one(turn: tuple[jax.Array, ...]) -> jax.Array:
+    number, *fields = turn
     arrays = lax.switch(number, packers)
-    return function(Block((rows, _ROW), *table), *arrays)
+    return function(Block((rows, _ROW), *fields), *arrays)
 
   numbers = np.arange(len(groups), dtype=np.int32)
-  stacked = [np.stack(column) for column in zip(*tables, strict=True)]
-  packed = lax.map(one, (numbers, *map(jnp.array, stacked)))
+  fields = [np.stack(field) for field in zip(*tables, strict=True)]
+  packed = lax.map(one, (numbers, *fields))
   return _unpack(packed.reshape(len(groups), -1), groups, heights, shapes)
 
 
+def _common_dtype(layers: Sequence[jax.Array]) -> np.dtype:
+  """One that holds the values of all exactly; they are floats, or all alike."""
+  dtypes = {layer.dtype for layer in layers}
+  if len(dtypes) == 1:
+    return dtypes.pop()
+  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
 def _groups(heights: dict[int, int]) -> list[list[int]]:
-  """Layers in groups of about the same number of rows."""
-  groups: list[list[int]] = [
-    [] for _ in range(-(-sum(heights.values()) * _ROW // _LARGE))
-  ]
+  """Layers in groups of about the same number of rows, none of them empty."""
+  number = -(-sum(heights.values()) * _ROW // _LARGE)
+  number = max(1, min(number, len(heights)))
+  groups: list[list[int]] = [[] for _ in range(number)]
+  rows = lambda group: sum(heights[i] for i in group)
   for i in sorted(heights, key=lambda i: -heights[i]):
-    min(groups, key=lambda group: sum(heights[j] for j in group)).append(i)
+    min(groups, key=rows).append(i)
   return groups
 
 
@@ -203,29 +216,24 @@ def _table(
 
 
 def _pack(
-  group: Sequence[int], heights: Sequence[int], columns: Sequence[Column]
+  group: Sequence[int],
+  heights: Sequence[int],
+  columns: Sequence[Column],
+  dtypes: Sequence[np.dtype],
 ) -> list[jax.Array]:
-  """The layers of a group one below the other."""
+  """The layers of a group one below the other, for each column."""
   arrays = []
-  for layers, fill in columns:
-    dtype = _common_dtype([layer.dtype for layer in layers])
+  for (layers, fill), dtype in zip(columns, dtypes, strict=True):
     pieces = []
-    for i, rows in zip(group, heights, strict=True):
+    for i, height in zip(group, heights, strict=True):
       # Whole rows need no copy of their own.
       flat = layers[i].reshape(-1).astype(dtype)
       whole = flat.size // _ROW * _ROW
-      rest = (0, rows * _ROW - flat.size)
+      rest = (0, height * _ROW - flat.size)
       tail = jnp.pad(flat[whole:], rest, constant_values=fill)
       pieces += [flat[:whole].reshape(-1, _ROW), tail.reshape(-1, _ROW)]
     arrays.append(jnp.concatenate([piece for piece in pieces if piece.size]))
   return arrays
-
-
-def _common_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
-  """One that holds the values of all exactly; they are floats, or all alike."""
-  if len(set(dtypes)) == 1:
-    return dtypes[0]
-  return functools.reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
 def _unpack(
@@ -235,19 +243,20 @@ def _unpack(
   shapes: Sequence[Shape],
 ) -> dict[int, jax.Array]:
   """The layers in their own shapes, out of the rows of all groups."""
-  starts = {
+  assert packed.dtype in (jnp.bool_, jnp.uint8)
+  known = {
     i: (np.int32(number), np.int32(start * _ROW))
     for number, group in enumerate(groups)
     for i, start in zip(
       group, np.cumsum([0, *heights[number][:-1]]), strict=True
     )
   }
-  # What a branch gives is unknown to the compiler, which then needs one program
-  # to unpack all layers of a shape. It is always the first.
+  # No value is negative, so these are the starts as they are. But the compiler
+  # does not know them, and then needs one program for all layers of a shape.
   starts = lax.cond(
     packed[0, 0].astype(jnp.int32) >= 0,
-    lambda: starts,
-    lambda: dict.fromkeys(starts, (np.int32(0), np.int32(0))),
+    lambda: known,
+    lambda: dict.fromkeys(known, (np.int32(0), np.int32(0))),
   )
   found = {}
   for i, start in starts.items():

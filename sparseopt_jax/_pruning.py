@@ -69,8 +69,8 @@ def magnitude_masks(
   n = jnp.array(excess, jnp.int32)
 
   def keep(block: _blocks.Block, values: jax.Array) -> jax.Array:
-    wanted = jnp.where(block.sizes > 0, n[block.layers], 0)
-    return ~_selection.smallest(block, values, block.is_layer(), wanted)
+    is_layer = block.is_layer()
+    return ~_selection.smallest(block, values, is_layer, block.take(n))
 
   column = (list(layers.values()), 0.0)
   masks = iter(_blocks.block_by_block(list(shapes.values()), keep, column))

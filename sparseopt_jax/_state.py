@@ -59,12 +59,12 @@ def just_updated(state: SparseOptState) -> jax.Array:
 
 
 def settled_bits(fresh: jax.Array) -> jax.Array:
-  """What `is_settled` looks at, where ``fresh`` says that masks are new."""
+  """What `is_settled` has to look at; ``fresh`` says that masks are new."""
   return jnp.where(fresh, np.uint8(ACTIVE | CHANGED), np.uint8(ACTIVE))
 
 
 def is_settled(status: jax.Array, bits: jax.Array) -> jax.Array:
-  """Active, and not grown just now."""
+  """Active, and not grown by a mask update in this call."""
   return (status & bits) == ACTIVE
 
 

@@ -117,18 +117,23 @@ def _growth_scores(
   return scores
 
 
-def _neurons(mask: jax.Array, axes: Sequence[int]) -> tuple:
+def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
   """The fan-in of each neuron and the factor of its gradient.
 
   Args:
     mask: Bools.
-    axes: The input axes.
+    axes: The input axes, ascending.
   """
-  active, inactive = _blocks.counts([mask, ~mask], axes)
-  scale = _correction.scale_from_fan_in(active, range(active.ndim))
-  # Always so; but were active all that is used, counting would be slow.
-  scale = jnp.where(inactive >= 0, scale, 0)
-  return jnp.expand_dims(active, axes), jnp.expand_dims(scale, axes)
+  if mask.ndim - 1 in axes:
+    active, inactive = _blocks.counts([mask, ~mask], axes)
+    # Were active all that is used, counting would be slow.
+    fan_in = active + jnp.minimum(inactive, 0)
+  else:
+    # One axis after the other is several times faster on a CPU.
+    inner = jnp.sum(mask, axes[-1:], dtype=jnp.int32)
+    fan_in = jnp.sum(inner, axes[:-1], dtype=jnp.int32)
+  scale = _correction.scale_from_fan_in(fan_in, range(fan_in.ndim))
+  return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
 
 
 # Compiled as a whole: outside of jit, init would compile one operation after
@@ -143,9 +148,8 @@ def _random_masks(
   words = _topology.random_words(key, jnp.uint32(0), len(shapes))
 
   def draw(block: _blocks.Block) -> jax.Array:
-    wanted = jnp.where(block.sizes > 0, counts[block.layers], 0)
     return _selection.at_random(
-      block, block.is_layer(), wanted, words[block.layers]
+      block, block.is_layer(), block.take(counts), block.take(words)
     )
 
   return _blocks.block_by_block(shapes, draw)
@@ -199,7 +203,7 @@ def _update_masks(
       weights,
       scores[0] if scores else None,
       topology.drop_counts(state.count, active - block.padding),
-      words[block.layers],
+      block.take(words),
     )
     return jnp.where(finite, _new_status(old, new_mask), old)
 
@@ -221,7 +225,7 @@ def _update_neurons(state: SparseOptState) -> SparseOptState:
   rows = [
     _neurons(
       _state.has_bits(status, _state.ACTIVE),
-      [axis for axis, size in enumerate(fan_in.shape) if size == 1],
+      tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1),
     )
     for status, fan_in in zip(
       _state.sparse_only(state.status, state.status),

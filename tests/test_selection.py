@@ -28,9 +28,8 @@ def select(name, layers, eligible, n, words):
   """A selection over all layers, in whatever blocks they come."""
 
   def function(block, allowed, values):
-    wanted = jnp.where(block.sizes > 0, n[block.layers], 0)
+    wanted, words_here = block.take(n), block.take(words)
     allowed &= block.is_layer()
-    words_here = words[block.layers]
     if name == "at_random":
       return _selection.at_random(block, allowed, wanted, words_here)
     extra = (words_here,) if name == "largest" else ()
@@ -143,6 +142,15 @@ def test_blocks_of_any_size_select_the_same(large, dtype, monkeypatch):
     run = jax.jit(select.__wrapped__, static_argnums=0)
     got = [_check(dtype, 7, fraction, run) for fraction in (0.0, 0.5)]
   jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_fewer_layers_than_blocks_of_the_least_size(monkeypatch):
+  monkeypatch.setattr(_blocks, "_LARGE", 2)
+  monkeypatch.setattr(_blocks, "_ROW", 4)
+  run = jax.jit(select.__wrapped__, static_argnums=0)
+  layers, eligible = [np.array([3.0, 2.0])], [np.array([True, True])]
+  got = run("smallest", layers, eligible, np.array([1], np.int32), WORDS[:1])
+  np.testing.assert_array_equal(got[0], [False, True])
 
 
 def test_a_layer_over_many_rows():

@@ -422,3 +422,16 @@ def test_strict_dtype_promotion(dtype, topology):
     sparseopt_jax.correct(params["a"], got[2]["a"])
     sparseopt_jax.magnitude_masks(params, 0.5)
   jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+  "topology", [sparseopt_jax.SET(100, 2), sparseopt_jax.RigL(100, 2)]
+)
+def test_strict_dtype_promotion_with_64_bit_types(topology):
+  params = {"a": _array(6, 4).astype(np.float32), "b": np.ones(4, np.float32)}
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.5, topology=topology)
+  expected = _train(tx, params)
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    got = _train(tx, params)
+    sparseopt_jax.magnitude_masks(params, 0.5)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)

@@ -34,7 +34,7 @@ def _cell(values: Sequence[float], sign: str = "+") -> str:
 
 
 def table(raw: dict[str, Any]) -> str:
-  """What `measure_all` found, as text; means with 95 % intervals."""
+  """What `skew.measure_all` found, as text; means with 95 % intervals."""
   return "\n\n".join(
     [
       "Sparse over dense gradient, all neurons with the same fan-in\n"
@@ -142,10 +142,10 @@ _MARKERS = {
 
 
 def figure(raw: dict[str, Any], title: str) -> Figure:
-  """Plots what `measure_all` found.
+  """Plots what `skew.measure_all` found.
 
   Args:
-    raw: From `measure_all`.
+    raw: From `skew.measure_all`.
     title: Above all panels.
 
   Returns:
