@@ -38,10 +38,10 @@ def counts(
 ) -> list[jax.Array]:
   """How often each of some bool arrays of one shape is true, over ``axes``.
 
-  One variadic reduction reads its operands once for all conditions. Over the
-  last axis it is vectorised on a CPU, while XLA turns a sum of one array, which
-  is what remains if only one count is used, into a tree of sums that takes
-  several times longer.
+  One variadic reduction reads its operands once for all conditions. XLA on a
+  CPU turns a sum of one array, which is what remains if only one count is used,
+  into a tree of sums, with four bytes of memory for each element; over the last
+  axis that takes several times longer too.
   """
   return _sums([c.astype(jnp.int32) for c in conditions], axes)
 

@@ -117,21 +117,16 @@ def _growth_scores(
   return scores
 
 
-def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
+def _neurons(mask: jax.Array, axes: Sequence[int]) -> tuple:
   """The fan-in of each neuron and the factor of its gradient.
 
   Args:
     mask: Bools.
-    axes: The input axes, ascending.
+    axes: The input axes.
   """
-  if mask.ndim - 1 in axes:
-    active, inactive = _blocks.counts([mask, ~mask], axes)
-    # Were active all that is used, counting would be slow.
-    fan_in = active + jnp.minimum(inactive, 0)
-  else:
-    # One axis after the other is several times faster on a CPU.
-    inner = jnp.sum(mask, axes[-1:], dtype=jnp.int32)
-    fan_in = jnp.sum(inner, axes[:-1], dtype=jnp.int32)
+  active, inactive = _blocks.counts([mask, ~mask], axes)
+  # Were active all that is used, counting would be slow.
+  fan_in = active + jnp.minimum(inactive, 0)
   scale = _correction.scale_from_fan_in(fan_in, range(fan_in.ndim))
   return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
 
@@ -225,7 +220,7 @@ def _update_neurons(state: SparseOptState) -> SparseOptState:
   rows = [
     _neurons(
       _state.has_bits(status, _state.ACTIVE),
-      tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1),
+      [axis for axis, size in enumerate(fan_in.shape) if size == 1],
     )
     for status, fan_in in zip(
       _state.sparse_only(state.status, state.status),

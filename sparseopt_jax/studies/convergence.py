@@ -203,7 +203,17 @@ def _curves(
           lw=0,
         )
   axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-  axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+  axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _lowest(found: Sequence[tuple[compare.Run, compare.Run]]) -> float:
+  """The lowest accuracy after a quarter of the epochs."""
+  return min(
+    min(line["test_accuracy"], line["train_accuracy"])
+    for pair in found
+    for run in pair
+    for line in run.lines[len(run.lines) // 4 :]
+  )
 
 
 def _forest(axis: Axes, results: dict[str, dict[str, Any]]) -> None:
@@ -238,10 +248,8 @@ def figure(
       paired = pairs(args, rates, runs, condition, epochs)
       if paired:
         _curves(axis, paired, _dense(args, rates, runs, epochs))
-        lowest = min(
-          run.lines[-1]["test_accuracy"] for p in paired for run in p
-        )
-        axis.set_ylim(lowest - 0.08, None)
+        axis.set_ylim(_lowest(paired) - 0.02, None)
+        axis.set_xlim(0.5, epochs + 0.5)
   handles, labels = axes[0, 0].get_legend_handles_labels()
   title = "test accuracy (dotted: training), mean and 95 % interval"
   left.legend(handles, labels, loc="outside upper center", ncols=3, title=title)
