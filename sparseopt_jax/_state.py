@@ -64,7 +64,7 @@ def settled_bits(fresh: jax.Array) -> jax.Array:
 
 
 def is_settled(status: jax.Array, bits: jax.Array) -> jax.Array:
-  """Active, and not grown by a mask update in this call."""
+  """Active, and not changed where ``bits`` ask for that."""
   return (status & bits) == ACTIVE
 
 

@@ -130,6 +130,14 @@ def test_layers_of_several_dtypes():
       else:
         expected = oracle.drop(values, allowed, k)
         np.testing.assert_array_equal(chosen, expected)
+  # Equal in bfloat16 and float16.
+  close = np.array([[1 + 2**-12, 1.0, 1 + 2**-11]], np.float32)
+  layers = [close, close.astype(jnp.bfloat16), close.astype(np.float16)]
+  eligible, n = [np.ones((1, 3), bool)] * 3, np.ones(3, np.int32)
+  got = select("smallest", layers, eligible, n, jnp.array(WORDS[:3]))
+  np.testing.assert_array_equal(got[0], [[False, True, False]])
+  for chosen in got[1:]:
+    np.testing.assert_array_equal(chosen, [[True, False, False]])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -158,6 +158,8 @@ def test_compare_pairs_by_hand():
   assert found["never"] == 1
   assert found["itop_rate"] == pytest.approx([0.5, 0.6])
   assert found["dead_neurons"] == pytest.approx([2, 3])
+  # Of 0 and 2: standard error 1.
+  assert found["dead_difference"] == pytest.approx((1, 12.7062), rel=1e-4)
 
 
 # --- Convergence --------------------------------------------------------------

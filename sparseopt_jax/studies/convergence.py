@@ -105,6 +105,7 @@ def compare_pairs(
     return np.array([[run.lines[-1][figure] for run in pair] for pair in found])
 
   test, train = final("test_accuracy"), final("train_accuracy")
+  dead = final("dead_neurons")
   speedups = []
   for baseline, other in found:
     target = baseline.lines[-1]["test_accuracy"]
@@ -126,8 +127,13 @@ def compare_pairs(
       for level in LEVELS
     },
     "itop_rate": final("itop_rate").mean(axis=0).tolist(),
-    "dead_neurons": final("dead_neurons").mean(axis=0).tolist(),
-    "raw": {"test": test.tolist(), "train": train.tolist()},
+    "dead_neurons": dead.mean(axis=0).tolist(),
+    "dead_difference": report.interval((dead[:, 1] - dead[:, 0]).tolist()),
+    "raw": {
+      "test": test.tolist(),
+      "train": train.tolist(),
+      "dead_neurons": dead.tolist(),
+    },
   }
 
 
@@ -145,6 +151,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     *(f"epochs to {level:.0%}" for level in LEVELS),
     "ITOP %",
     "dead",
+    "more dead",
   ]
   rows = [header]
   for label, row in results.items():
@@ -165,6 +172,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         *levels,
         " | ".join(f"{100 * x:.1f}" for x in row["itop_rate"]),
         " | ".join(f"{x:.1f}" for x in row["dead_neurons"]),
+        report.number(row["dead_difference"]),
       ]
     )
   return tables.aligned(rows)
