@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from sparseopt_jax import _correction
 # A pytree of bools in the structure of the parameters or a prefix of it, or a
 # predicate of a leaf's path and the leaf.
 Rule = Any
+_T = TypeVar("_T")
 AxisRule = _correction.Axes | Callable[[str, Any], _correction.Axes]
 
 
@@ -174,3 +175,28 @@ def _check_sparse(leaves: Sequence[Leaf], chosen: Sequence[bool]) -> None:
         "sparse must choose leaves that have an axis and 1 to 2**31 - 1 "
         f"weights; got {leaf.path!r} of shape {leaf.shape}."
       )
+
+
+def explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
+  """The mesh in the type of an array, if it has axes of explicit type."""
+  mesh = jax.typeof(array).sharding.mesh
+  return mesh if mesh.explicit_axes else None
+
+
+def lay_out_freely(function: Callable[..., _T], tree: _T, *args: Any) -> _T:
+  """Leaves the layouts inside to the compiler, also where axes are explicit.
+
+  Args:
+    function: Takes the tree and ``args``, and returns a tree of its structure.
+    tree: Arrays; what the function returns is laid out as they are.
+    *args: Anything else.
+  """
+  meshes = [explicit_mesh(array) for array in jax.tree.leaves(tree)]
+  mesh = next((mesh for mesh in meshes if mesh is not None), None)
+  if mesh is None:
+    return function(tree, *args)
+  layouts = jax.tree.map(
+    lambda x: jax.NamedSharding(mesh, jax.typeof(x).sharding.spec), tree
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.sharding.auto_axes(function, out_sharding=layouts)(tree, *args)

@@ -72,8 +72,10 @@ def magnitude_masks(
     is_layer = block.is_layer()
     return ~_selection.smallest(block, values, is_layer, block.take(n))
 
-  column = (list(layers.values()), 0.0)
-  masks = iter(_blocks.block_by_block(list(shapes.values()), keep, column))
+  def prune(values: list[jax.Array]) -> list[jax.Array]:
+    return _blocks.block_by_block(list(shapes.values()), keep, (values, 0.0))
+
+  masks = iter(_leaves.lay_out_freely(prune, list(layers.values())))
   return jax.tree.unflatten(
     treedef,
     [next(masks) if choice else optax.MaskedNode() for choice in chosen],

@@ -1,6 +1,6 @@
 """The link of the chain: holds the masks and corrects the gradient."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -52,33 +52,13 @@ def _key_data(seed: Any) -> jax.Array:
 def _place(array: jax.Array, leaf: Any) -> jax.Array:
   """Lays an array out as its parameter, if that is known by now."""
   if isinstance(leaf, jax.core.Tracer):
-    if _explicit_mesh(leaf) is None:
+    if _leaves.explicit_mesh(leaf) is None:
       return array
     return jax.sharding.reshard(array, jax.typeof(leaf).sharding)
   # An array put on a device is bound to it; one that is not must stay free.
   if isinstance(leaf, jax.Array) and leaf.committed:
     return jax.device_put(array, leaf.sharding)
   return array
-
-
-def _explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
-  """The mesh in the type of an array, if it has axes of explicit type."""
-  mesh = jax.typeof(array).sharding.mesh
-  return mesh if mesh.explicit_axes else None
-
-
-def _lay_out_freely(
-  update: Callable[..., SparseOptState], state: SparseOptState, *args: Any
-) -> SparseOptState:
-  """Leaves the layouts inside to the compiler, also where axes are explicit."""
-  mesh = _explicit_mesh(jax.tree.leaves(state.status)[0])
-  if mesh is None:
-    return update(state, *args)
-  layouts = jax.tree.map(
-    lambda x: jax.NamedSharding(mesh, jax.typeof(x).sharding.spec), state
-  )
-  with jax.sharding.use_abstract_mesh(mesh):
-    return jax.sharding.auto_axes(update, out_sharding=layouts)(state, *args)
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
@@ -271,7 +251,9 @@ def _advance(
     change = functools.partial(_update_masks, topology)
 
     def update(state: SparseOptState) -> SparseOptState:
-      return _update_neurons(_lay_out_freely(change, state, gradients, params))
+      return _update_neurons(
+        _leaves.lay_out_freely(change, state, gradients, params)
+      )
 
     # One loop, not two: before each, an accelerator's queue runs empty.
     state = _state.once(due, update, state)

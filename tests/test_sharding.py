@@ -160,6 +160,18 @@ def test_explicit_axes(topology, in_context):
   _assert_same(got, _one_device(topology))
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_magnitude_masks(axis_type):
+  mesh = _mesh(axis_type)
+  shardings = _shardings(mesh)
+  prune = lambda params: sparseopt_jax.magnitude_masks(params, 0.6)
+  masks = prune(jax.device_put(_tree(0), shardings))
+  jax.tree.map(np.testing.assert_array_equal, masks, prune(_tree(0)))
+  with jax.set_mesh(mesh):
+    masks = jax.jit(prune)(jax.device_put(_tree(0), shardings))
+  jax.tree.map(np.testing.assert_array_equal, masks, prune(_tree(0)))
+
+
 def test_state_is_not_bound_to_a_device_its_parameters_are_free_of():
   """Else the state could not follow when the parameters move."""
   params = jax.tree.map(jnp.asarray, _tree(0))

@@ -502,6 +502,33 @@ def test_dead_neurons_are_left_out():
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
+def test_neurons_are_kept_alive():
+  """None loses its last input, in updates that drop nearly everything."""
+  rng = np.random.default_rng(6)
+  weights = rng.normal(size=(3, 4, 32)) * np.geomspace(1e-3, 1, 32)
+  params = {"kernel": jnp.asarray(weights, jnp.float32)}
+  topology = sparseopt_jax.RigL(
+    99, 1, drop_fraction=optax.constant_schedule(0.7)
+  )
+  link = sparseopt_jax.sparseopt(0.7, topology)
+
+  def live(link):
+    tx = sparseopt_jax.keep_params_sparse(optax.chain(link, optax.scale(-0.0)))
+    state = tx.init(params)
+    found = [state]
+    for _ in range(4):
+      # Inputs of the last neurons grow, those of the first never.
+      _, state = tx.update(params, state, params)
+      found.append(state)
+    masks = [sparseopt_jax.get_masks(each)["kernel"] for each in found]
+    assert len({int(mask.sum()) for mask in masks}) == 1
+    return [int(mask.any(axis=(0, 1)).sum()) for mask in masks]
+
+  dying, kept = live(link), live(ablations.keep_largest(link))
+  assert dying[0] == kept[0] > dying[-1]
+  assert kept == sorted(kept)
+
+
 @pytest.mark.parametrize(
   "factory",
   [
@@ -511,6 +538,7 @@ def test_dead_neurons_are_left_out():
     ablations.adam,
     ablations.after_adam,
     ablations.live_mean,
+    ablations.kept_alive,
   ],
 )
 def test_variants_stay_sparse_over_mask_updates(params, factory):
@@ -723,6 +751,7 @@ def test_paper_tables_measure_a_step():
     ("ablations --jobs 0", "--jobs must be at least 1, got 0"),
     ("ablations --width 0", "--width must be in [1, 1024], got 0"),
     ("ablations --conditions set95", "got 'set95'"),
+    ("ablations --variants baseline sgd", "invalid choice: 'sgd' (choose from"),
     ("ablations --report", "no run is there; leave out --report"),
     ("convergence --tuning-epochs 0", "--tuning-epochs must be at least 1"),
     ("convergence --learning-rates -1", "--learning-rate must be finite and"),

@@ -77,20 +77,27 @@ def test_is_due_on_the_host():
   assert topology.is_due(4) is False
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("topology", TOPOLOGIES[:2], ids=str)
-def test_no_branch_is_left(topology):
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+def test_between_mask_updates_it_is_the_program_of_static_masks(
+  topology, platform
+):
   params = _params()
-  opt_state = tx.init(params)
 
-  def program(update_masks):
+  def program(topology, update_masks):
+    tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+    opt_state = tx.init(params)
+
     def step(gradients, opt_state, params):
       return tx.update(gradients, opt_state, params, update_masks=update_masks)
 
-    return jax.jit(step).lower(params, opt_state, params).as_text()
+    traced = jax.jit(step).trace(params, opt_state, params)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
 
-  assert "while" not in program(False)
-  assert "while" in program(None)
+  static = program(sparseopt_jax.Static(), None)
+  assert "while" not in static
+  assert program(topology, False) == static
+  assert "while" in program(topology, None)
 
 
 def test_skipped_where_a_gradient_is_not_finite():

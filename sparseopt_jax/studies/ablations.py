@@ -111,6 +111,12 @@ def live_mean(*arguments: Any) -> Any:
   return _sparse(leave_out_dead(parts.link), parts.decay, parts.sgd)
 
 
+def kept_alive(*arguments: Any) -> Any:
+  """A mask update leaves every neuron its largest weight."""
+  parts = _parts(*arguments)
+  return _sparse(keep_largest(parts.link), parts.decay, parts.sgd)
+
+
 def correct_after(
   link: optax.GradientTransformationExtraArgs,
   inner: optax.GradientTransformation,
@@ -134,7 +140,7 @@ def correct_after(
     factors = state[0].correction
     _, masks = link.update(updates, state[0], params, **extra_args)
     updates, inner_state = inner.update(updates, state[1], params)
-    scaled = _for_each_factor(lambda d, u: d * u, factors, updates)
+    scaled = _for_each_layer(lambda d, u: d * u, factors, updates)
     return scaled, (masks, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -159,7 +165,35 @@ def leave_out_dead(
     # A neuron is dead if, and only if, its factor is 0.
     factors = state.correction
     updates, state = link.update(updates, state, params, **extra_args)
-    return _for_each_factor(_scale_by_live, factors, updates), state
+    return _for_each_layer(_scale_by_live, factors, updates), state
+
+  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+
+
+def keep_largest(
+  link: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """A link that drops a neuron's largest weight after all others, if ever.
+
+  So no neuron dies in training. One without inputs from the start may stay so.
+
+  Args:
+    link: `sparseopt_jax.sparseopt`; the state is its own. All its sparse layers
+      have their neurons on the last axis.
+  """
+
+  def largest_last(mask: jax.Array, weights: jax.Array) -> jax.Array:
+    size = jnp.where(mask, jnp.abs(weights), -1).reshape(-1, mask.shape[-1])
+    place = jnp.argmax(size, axis=0)
+    is_largest = jax.nn.one_hot(place, len(size), axis=0, dtype=bool)
+    return jnp.where(is_largest.reshape(mask.shape), jnp.inf, weights)
+
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    masks = sparseopt_jax.get_masks(state)
+    params = _for_each_layer(largest_last, masks, params)
+    return link.update(updates, state, params, **extra_args)
 
   return optax.GradientTransformationExtraArgs(link.init, update_fn)
 
@@ -168,16 +202,16 @@ def _scale_by_live(factor: jax.Array, update: jax.Array) -> jax.Array:
   return update * jnp.sqrt(jnp.mean(factor > 0))
 
 
-def _for_each_factor(function: Any, factors: Any, updates: Any) -> Any:
-  """Applies a function where a layer is corrected."""
+def _for_each_layer(function: Any, per_layer: Any, tree: Any) -> Any:
+  """Applies a function where the state has a value for a layer."""
 
   def is_masked_node(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
   return jax.tree.map(
-    lambda d, u: u if is_masked_node(d) else function(d, u),
-    factors,
-    updates,
+    lambda a, b: b if is_masked_node(a) else function(a, b),
+    per_layer,
+    tree,
     is_leaf=is_masked_node,
   )
 
@@ -229,6 +263,8 @@ VARIANTS = (
   Variant("SparseOpt and HAM", "on", "HAM", ham),
   Variant("SparseOpt after decay", "on", "SparseOpt", decay_first),
   Variant("SparseOpt, mean of live neurons", "on", "SparseOpt", live_mean),
+  Variant("kept alive", "off", "baseline", kept_alive),
+  Variant("SparseOpt, kept alive", "on", "kept alive", kept_alive),
   Variant("dense ends", "off", "baseline", None, ENDS),
   Variant("SparseOpt, dense ends", "on", "dense ends", None, ENDS),
   Variant("Adam", "off", None, adam),
@@ -258,6 +294,7 @@ def summarise(found: Runs) -> dict[str, dict[str, Any]]:
     ends = {seed: run.lines[-1] for seed, run in runs.items()}
     test = {seed: line["test_accuracy"] for seed, line in ends.items()}
     others = found.get(variant.against or "", {})
+    dead = {seed: line["dead_neurons"] for seed, line in ends.items()}
     differences = {
       seed: test[seed] - others[seed].lines[-1]["test_accuracy"]
       for seed in test
@@ -270,10 +307,12 @@ def summarise(found: Runs) -> dict[str, dict[str, Any]]:
         report.interval(list(differences.values())) if differences else None
       ),
       "itop_rate": statistics.fmean(x["itop_rate"] for x in ends.values()),
-      "dead_neurons": statistics.fmean(
-        x["dead_neurons"] for x in ends.values()
-      ),
-      "raw": {"test_accuracy": test, "difference": differences},
+      "dead_neurons": statistics.fmean(dead.values()),
+      "raw": {
+        "test_accuracy": test,
+        "difference": differences,
+        "dead_neurons": dead,
+      },
     }
   return results
 
@@ -362,10 +401,11 @@ def study(args: argparse.Namespace, command: str) -> None:
     UsageError: A flag out of its range, or `--report` and nothing is there.
   """
   cells.check(args)
+  chosen = [variant for variant in VARIANTS if variant.label in args.variants]
   every, factories, places = {}, {}, {}
   for seed in range(args.seeds):
     for condition in args.conditions:
-      for variant in VARIANTS:
+      for variant in chosen:
         config = variant.config(args, condition, seed)
         name = variant.name(config)
         every[name] = config
@@ -405,6 +445,15 @@ def main(arguments: Sequence[str]) -> int:
   parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=3)
   cells.add_conditions(parser, [cells.TUNED_ON])
   cells.add_training(parser)
+  labels = [variant.label for variant in VARIANTS]
+  parser.add_argument(
+    "--variants",
+    nargs="+",
+    choices=labels,
+    metavar="VARIANT",
+    default=labels,
+    help=f"any of: {'; '.join(labels)} (default: all)",
+  )
 
   def command() -> None:
     args = parser.parse_args(arguments)
