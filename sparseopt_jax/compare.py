@@ -38,7 +38,7 @@ class Run:
   """What one run has left in its folder.
 
   Attributes:
-    flags: `Config.identity()`.
+    flags: What `folder.identity` gives.
     lines: The lines of `metrics.jsonl`.
   """
 
@@ -59,28 +59,28 @@ class Group:
 
   Attributes:
     label: The flags by which the groups differ.
-    runs: At least one.
+    runs: At least one, all with as many lines as the shortest had.
   """
 
   label: str
   runs: list[Run]
 
   def accuracies(self) -> list[list[float]]:
-    """Test accuracy, one list a run, as far as all the runs have got."""
-    length = min(len(run.lines) for run in self.runs)
-    return [
-      [line["test_accuracy"] for line in run.lines[:length]]
-      for run in self.runs
-    ]
+    """Test accuracy, one list a run."""
+    return [[line["test_accuracy"] for line in r.lines] for r in self.runs]
 
   def epochs(self) -> list[int]:
     """The epochs of `accuracies`."""
-    length = min(len(run.lines) for run in self.runs)
-    return [line["epoch"] for line in self.runs[0].lines[:length]]
+    return [line["epoch"] for line in self.runs[0].lines]
 
   def final(self) -> list[float]:
     """Each run's last test accuracy."""
     return [accuracies[-1] for accuracies in self.accuracies()]
+
+  def progress(self) -> str:
+    """How far the runs have got, if not to their end."""
+    last, planned = self.epochs()[-1], self.runs[0].flags.get("epochs", 0)
+    return f", epoch {last} of {planned}" if last < planned else ""
 
 
 def read(path: pathlib.Path) -> Run:
@@ -108,7 +108,7 @@ def _is_number(value: Any) -> bool:
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
-  """Groups runs, in order of first appearance."""
+  """Groups runs, in order of first appearance; cut to their common epochs."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
     rest = {k: v for k, v in run.flags.items() if k != "seed"}
@@ -121,9 +121,14 @@ def group(runs: Sequence[Run]) -> list[Group]:
     if any(f.get(name) != every[0].get(name) for f in every)
   ]
   return [
-    Group(_label(flags, differing), members)
+    Group(_label(flags, differing), _cut(members))
     for flags, members in zip(every, groups.values(), strict=True)
   ]
+
+
+def _cut(runs: Sequence[Run]) -> list[Run]:
+  length = min(len(run.lines) for run in runs)
+  return [Run(run.flags, run.lines[:length]) for run in runs]
 
 
 def _label(flags: dict[str, Any], names: Sequence[str]) -> str:
@@ -153,7 +158,7 @@ def _row(each: Group, accuracy: float) -> list[str]:
   best = [max(line["test_accuracy"] for line in run.lines) for run in each.runs]
   last = [run.lines[-1] for run in each.runs]
   return [
-    each.label,
+    each.label + each.progress(),
     str(len(each.runs)),
     _spread(each.final()),
     _spread(best),
@@ -212,6 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise UsageError(
         f"--out {args.out}: there is no folder {args.out.parent}"
       )
+    places = [path.resolve() for path in args.runs]
+    twice = [p for i, p in enumerate(args.runs) if places[i] in places[:i]]
+    if twice:
+      raise UsageError(f"{twice[0]} is given twice")
     groups = group([read(path) for path in args.runs])
     weakest = min(statistics.fmean(each.final()) for each in groups)
     print(table(groups, weakest if args.accuracy is None else args.accuracy))

@@ -50,7 +50,7 @@ def train(
     stop: Says when a signal has come.
     command: The command line, for the summary.
     create_optimizer: In place of `training.optimizer.create`, with its
-      arguments; the files of the run do not tell it.
+      arguments; a function of a module, which names it in the run's files.
 
   Returns:
     The summary, as in `summary.json`.
@@ -60,7 +60,7 @@ def train(
     RunError: The run could not go on.
     Interrupted: A signal came.
   """
-  with folder.prepared(config) as path:
+  with folder.prepared(config, create_optimizer) as path:
     from sparseopt_jax.training import build
     from sparseopt_jax.training import optimizer
 
@@ -72,7 +72,8 @@ def train(
   from sparseopt_jax.training import telling
 
   telling.say(f"{path}: {build.describe(config, task)}")
-  run = loop.Run(config, task, layout, path, stop)
+  identity = folder.identity(config, create_optimizer)
+  run = loop.Run(config, identity, task, layout, path, stop)
   return run.train(create, command)
 
 

@@ -106,3 +106,22 @@ def test_ratios_are_taken_round_by_round():
   assert (wall["ratio"], wall["ratio_quartiles"]) == (3.0, [3.0, 3.0])
   assert wall["milliseconds"] == 4500.0
   assert timing.ratios(times, "plain", "cpu")["other"]["ratio"] == 3.0
+
+
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
+    ("optimizer --sparsity 1", "--sparsity must be in [0, 1), got 1.0"),
+    ("optimizer --repeats 0", "--repeats must be at least 1, got 0"),
+    ("optimizer --model vgg", "invalid choice: 'vgg'"),
+    ("training-step --batch-size 0", "--batch-size must be at least 1"),
+    ("training-step --precision half", "invalid choice: 'half'"),
+    ("memory --output none/a.json", "--output none/a.json: there is no such"),
+    ("memory --output .", "--output . is a folder"),
+  ],
+)
+def test_bad_input(line, message, capsys):
+  assert command.main(line.split()) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1

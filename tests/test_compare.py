@@ -34,10 +34,10 @@ def _write(path, accuracies, **flags):
 def runs(tmp_path):
   """Two seeds with the correction, two without, one of which is shorter."""
   return [
-    _write(tmp_path / "a", [0.5, 0.8, 0.9], seed=0),
-    _write(tmp_path / "b", [0.6, 0.7, 0.8], seed=1),
-    _write(tmp_path / "c", [0.4, 0.5, 0.7], seed=0, correction="off"),
-    _write(tmp_path / "d", [0.3, 0.65], seed=1, correction="off"),
+    _write(tmp_path / "a", [0.5, 0.8, 0.9], seed=0, epochs=3),
+    _write(tmp_path / "b", [0.6, 0.7, 0.8], seed=1, epochs=3),
+    _write(tmp_path / "c", [0.4, 0.5, 0.7], seed=0, epochs=3, correction="off"),
+    _write(tmp_path / "d", [0.3, 0.65], seed=1, epochs=3, correction="off"),
   ]
 
 
@@ -54,16 +54,33 @@ def test_one_group_is_named_after_what_it_trains(runs):
   assert group.label == "digits resnet8"
 
 
+def test_runs_of_another_optimiser_make_another_group(runs, tmp_path):
+  def ham():
+    raise NotImplementedError
+
+  path = _write(tmp_path / "ham", [0.9, 0.9, 0.9], seed=0, epochs=3)
+  fields = folder.identity(Config(seed=0, epochs=3), ham)
+  (path / folder.CONFIG).write_text(json.dumps(fields))
+  groups = compare.group([compare.read(each) for each in (*runs[:2], path)])
+  assert [len(each.runs) for each in groups] == [2, 1]
+  assert groups[1].label.startswith(f"optimizer {__name__}.test_runs_of")
+
+
 def test_table(runs):
   groups = compare.group([compare.read(path) for path in runs])
-  header, on, off = compare.table(groups, 0.7).splitlines()
-  assert "epochs to 70.00%" in header
+  header, on, off = compare.table(groups, 0.6).splitlines()
+  assert "epochs to 60.00%" in header
   spread = statistics.stdev([0.9, 0.8])
   assert f"85.00% ± {spread:.2%}" in on
-  assert "  2.0  " in on
-  assert "3.0 (1 of 2)" in off
+  assert "  1.5  " in on
+  assert "2.0 (1 of 2)" in off
   assert "25.0%" in off
   assert compare.table(groups, 0.99).count("never") == 2
+  # The longer run counts as far as the other one has got.
+  assert off.startswith("correction off, epoch 2 of 3 ")
+  assert on.startswith("correction on  ")
+  assert f"{(0.5 + 0.65) / 2:.2%} ± " in off
+  assert off.endswith(" 20")
   end = header.index("ITOP rate") + len("ITOP rate")
   assert on[:end].endswith("25.0%")
   assert off[:end].endswith("25.0%")
@@ -90,12 +107,16 @@ def test_command(runs, tmp_path, capsys):
     ("{tmp}/a --accuracy x", "--accuracy"),
     ("{tmp}/a --out {tmp}/no/x.png", "there is no folder"),
     ("{tmp}/a --seeds 3", "--seeds"),
+    ("{tmp}/a {tmp}/b {tmp}/../{name}/a", "/a is given twice"),
   ],
 )
 def test_bad_input(runs, tmp_path, capsys, arguments, message):
   (tmp_path / "empty").mkdir()
   (tmp_path / "empty" / folder.CONFIG).write_text("{}")
-  assert compare.main(arguments.format(tmp=tmp_path).split()) == 2
+  assert (
+    compare.main(arguments.format(tmp=tmp_path, name=tmp_path.name).split())
+    == 2
+  )
   error = capsys.readouterr().err
   assert error.count("\n") == 1
   assert error.startswith("error: ")

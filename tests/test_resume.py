@@ -102,6 +102,25 @@ def test_goes_on_within_an_evaluation(monkeypatch, tmp_path, finished):
   assert tiny.metrics(parts) == []
   assert train.main(tiny.arguments(parts, resume=True)) == 0
   tiny.assert_same_run(finished, parts)
+  # Nothing was trained before the first line, so it tells no speed.
+  first, *rest = records.read_lines(parts / folder.METRICS)
+  assert first["images_per_second"] is None
+  assert all(line["images_per_second"] > 0 for line in rest)
+
+
+def test_a_folder_is_one_runs_at_a_time(monkeypatch, tmp_path, capsys):
+  tiny.use(monkeypatch)
+  parts = tmp_path / "parts"
+  parts.mkdir()
+  with folder.locked(parts):
+    assert train.main(tiny.arguments(parts)) == 2
+    assert "another process is training there" in capsys.readouterr().err
+    assert _files(parts) == [folder.LOCK]
+  assert train.main(tiny.arguments(parts)) == 0
+
+
+def _files(path):
+  return sorted(each.name for each in path.iterdir())
 
 
 def test_a_second_signal_kills(monkeypatch, tmp_path):

@@ -36,6 +36,7 @@ from sparseopt_jax.training import compiling
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
 
 PACKAGE = pathlib.Path(sparseopt_jax.__file__).parent.parent
 TINY = ["--width", "4", "--seeds", "1"]
@@ -75,7 +76,7 @@ def run_of(accuracies, seed=0, **last):
   return compare.Run({"seed": seed}, lines)
 
 
-def leave(folder, config, accuracies, **last):
+def leave(folder, config, accuracies, factory=None, **last):
   """Leaves the files of a finished run."""
   layers = {
     "Conv_0/kernel": {"fan_in_spread": 0.25, "dead_neurons": 1},
@@ -85,7 +86,8 @@ def leave(folder, config, accuracies, **last):
   folder.mkdir(parents=True)
   text = "".join(f"{json.dumps(line)}\n" for line in lines)
   (folder / folder_lib.METRICS).write_text(text)
-  (folder / folder_lib.CONFIG).write_text(json.dumps(config.identity()))
+  identity = folder_lib.identity(config, factory)
+  (folder / folder_lib.CONFIG).write_text(json.dumps(identity))
   summary = {"device": "abacus", "platform": "wood", "versions": {}}
   (folder / folder_lib.SUMMARY).write_text(json.dumps(summary))
 
@@ -154,7 +156,7 @@ def test_compare_pairs_by_hand():
   assert found["difference"] == pytest.approx((0.05, 0.15 * 12.7062), rel=1e-4)
   assert found["train_difference"][0] == pytest.approx(0.05)
   # The first gets to 0.8 in 1.5 epochs instead of 2; the second never to 0.6.
-  assert found["speedup"][0] == pytest.approx(2 / 1.5)
+  assert found["speedup"] == pytest.approx((2 / 1.5 + 0) / 2)
   assert found["never"] == 1
   assert found["itop_rate"] == pytest.approx([0.5, 0.6])
   assert found["dead_neurons"] == pytest.approx([2, 3])
@@ -287,6 +289,54 @@ def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
   assert grid.run(every, tmp_path, 1, factories) == runs
   (trained,) = grid.trained_on(tmp_path, runs)
   assert trained["platform"] == "cpu"
+
+
+def test_runs_of_another_optimiser_are_refused(tmp_path):
+  config = dataclasses.replace(CONFIG, correction="off")
+  leave(tmp_path / "one", config, [0.5])
+  assert grid.is_complete(config, tmp_path / "one")
+  with pytest.raises(
+    UsageError, match=r"optimizer None became .*ablations.ham"
+  ):
+    grid.is_complete(config, tmp_path / "one", ablations.ham)
+
+
+@pytest.mark.slow
+def test_a_signal_lets_the_last_run_write_its_checkpoint(data_dir, tmp_path):
+  """Another worker is idle by then, and must not take it with it."""
+  code = """
+import argparse, pathlib, sys
+from sparseopt_jax.studies import cells, grid
+
+def make(epochs):
+  args = argparse.Namespace(data_dir=sys.argv[1], model="resnet8", width=4)
+  return cells.config(args, "static-90", cells.BASELINE, epochs, 0.1, 0)
+
+if __name__ == "__main__":
+  runs = {"short": make(1), "long": make(100_000)}
+  grid.run(runs, pathlib.Path(sys.argv[2]), 2)
+"""
+  script = tmp_path / "two_runs.py"
+  script.write_text(code)
+  environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+  words = [sys.executable, script, data_dir, tmp_path]
+  parent = subprocess.Popen(list(map(str, words)), env=environment)
+  metrics = tmp_path / "long" / folder_lib.METRICS
+  while not (
+    (tmp_path / "short" / folder_lib.SUMMARY).exists()
+    and metrics.exists()
+    and len(metrics.read_text().splitlines()) > 1
+  ):
+    assert parent.poll() is None
+    time.sleep(0.05)
+  time.sleep(1)  # for the worker of the short run to be idle
+  parent.send_signal(signal.SIGTERM)
+  parent.wait()
+  log = (tmp_path / "long.log").read_text()
+  assert "Traceback" not in log
+  steps = [int(p.name) for p in (tmp_path / "long" / "checkpoints").iterdir()]
+  lines = metrics.read_text().splitlines()
+  assert max(steps) > json.loads(lines[-1])["step"]
 
 
 def test_factories_can_be_sent_to_workers():
@@ -577,7 +627,8 @@ def test_ablations_report_what_is_there(tmp_path, monkeypatch):
   for variant in ablations.VARIANTS:
     for seed, accuracy in enumerate(accuracies.get(variant.label, ())):
       config = variant.config(args, "rigl-95", seed)
-      leave(tmp_path / variant.name(config), config, [0.5, accuracy])
+      place = tmp_path / variant.name(config)
+      leave(place, config, [0.5, accuracy], variant.factory)
   words = ["ablations", "--out", str(tmp_path), "--report"]
   assert command.main(words) == 0
   found = results(tmp_path, "ablations")["results"]["rigl-95"]
@@ -754,6 +805,7 @@ def test_paper_tables_measure_a_step():
     ("ablations --variants baseline sgd", "invalid choice: 'sgd' (choose from"),
     ("ablations --report", "no run is there; leave out --report"),
     ("convergence --tuning-epochs 0", "--tuning-epochs must be at least 1"),
+    ("convergence --budgets 0", "--epochs must be in [1, 2^31), got 0"),
     ("convergence --learning-rates -1", "--learning-rate must be finite and"),
     ("convergence --report", "are not all there; leave out --report to train"),
     ("convergence --out file", "--out file: File exists"),

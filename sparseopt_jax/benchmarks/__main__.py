@@ -52,7 +52,9 @@ def parser() -> cli.Parser:
     elif name in ("training-step", "input"):
       command.add_argument("--model", choices=models.NAMES, default="resnet20")
       command.add_argument("--batch-size", type=int, default=128)
-      command.add_argument("--precision", default="float32")
+      command.add_argument(
+        "--precision", choices=config_lib.PRECISIONS, default="float32"
+      )
       if name == "training-step":
         command.add_argument("--image-size", type=int, default=32)
     else:
@@ -83,6 +85,8 @@ def _check(args: argparse.Namespace) -> None:
       )
   if args.output and not pathlib.Path(args.output).parent.is_dir():
     raise UsageError(f"--output {args.output}: there is no such folder")
+  if args.output and pathlib.Path(args.output).is_dir():
+    raise UsageError(f"--output {args.output} is a folder")
 
 
 def _run(args: argparse.Namespace) -> None:

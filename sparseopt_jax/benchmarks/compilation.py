@@ -27,7 +27,8 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
 
   All but those told compile the mask update, due or not.
 
-  Every repeat starts from functions that JAX has not seen. Without a persistent
+  Every repeat starts from steps that JAX has not seen; the rows told share
+  the compiled `init` of those that are not. Without a persistent
   compilation cache, so JAX_COMPILATION_CACHE_DIR must not be set.
 
   Args:

@@ -1,7 +1,8 @@
 """What of SparseOpt matters: direction, place in the chain, dead neurons, ...
 
-All variants share seeds, data, initialisation and first masks, and the learning
-rate is not tuned for each. SGD is that of the trainer; see `VARIANTS`.
+All variants share seeds, data, initialisation and first masks (those with dense
+ends have masks of their own), and the learning rate is not tuned for each. SGD
+is that of the trainer; see `VARIANTS`.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def tuning(args: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Config]:
 
 def accuracies_by_rate(
   args: argparse.Namespace, arm: Arm, runs: dict[str, compare.Run]
-) -> dict[float, float]:
-  """Mean final test accuracy of the tuning runs, by learning rate."""
+) -> dict[float, list[float]]:
+  """Final test accuracies of the tuning runs, by learning rate."""
   found = {}
   for rate in args.learning_rates:
     names = [
@@ -120,15 +120,14 @@ def accuracies_by_rate(
       for seed in TUNING_SEEDS
     ]
     if all(each in runs for each in names):
-      final = [runs[each].lines[-1]["test_accuracy"] for each in names]
-      found[rate] = statistics.fmean(final)
+      found[rate] = [runs[each].lines[-1]["test_accuracy"] for each in names]
   return found
 
 
 def chosen_rates(
   args: argparse.Namespace, arms: Sequence[Arm], runs: dict[str, compare.Run]
 ) -> dict[str, float]:
-  """The learning rate of highest accuracy, by arm.
+  """The learning rate of highest mean accuracy, by arm.
 
   Raises:
     UsageError: Not all of them have been tried yet.
@@ -141,7 +140,9 @@ def chosen_rates(
         f"--out {args.out}: the runs that choose the learning rate are not all "
         "there; leave out --report to train them"
       )
-    rates[arm.label] = max(found, key=lambda rate: found[rate])
+    rates[arm.label] = max(
+      found, key=lambda rate: statistics.fmean(found[rate])
+    )
   return rates
 
 

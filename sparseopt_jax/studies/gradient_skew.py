@@ -92,7 +92,7 @@ def _few_inputs_text(raw: dict[str, Any]) -> list[str]:
     "Neurons with few inputs, batch norm, He, with SparseOpt: log of the "
     "relative update\nless its mean over neurons with at least 20\n"
   )
-  header = ["fan-in", "neurons", "independent inputs", "measured"]
+  header = ["fan-in", "networks", "independent inputs", "measured"]
   return [title + tables.aligned([header, *rows])]
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import pathlib
 import shlex
+import signal
 import traceback
 from typing import Any
 
@@ -62,35 +63,39 @@ def run(
   open_cells = {
     name: _placed(config, folder / name)
     for name, config in cells.items()
-    if not is_complete(config, folder / name)
+    if not is_complete(config, folder / name, factories.get(name))
   }
   if open_cells and jobs:
     report.make(folder)
     print(f"{len(cells) - len(open_cells)} of {len(cells)} runs are there")
     _train_all(open_cells, jobs, factories)
-  return collect(cells, folder)
+  return collect(cells, folder, factories)
 
 
 def collect(
-  cells: Mapping[str, Config], folder: pathlib.Path
+  cells: Mapping[str, Config],
+  folder: pathlib.Path,
+  factories: Mapping[str, Factory] = _NONE,
 ) -> dict[str, compare.Run]:
   """The runs that are complete, by name."""
   return {
     name: compare.read(folder / name)
     for name, config in cells.items()
-    if is_complete(config, folder / name)
+    if is_complete(config, folder / name, factories.get(name))
   }
 
 
-def is_complete(config: Config, path: pathlib.Path) -> bool:
+def is_complete(
+  config: Config, path: pathlib.Path, factory: Factory | None = None
+) -> bool:
   """Whether a folder holds the end of this run.
 
   Raises:
-    UsageError: It holds a run of other flags.
+    UsageError: It holds a run of other flags, or of another optimiser.
   """
   if not (path / folder_lib.SUMMARY).is_file():
     return False
-  with folder_lib.prepared(_placed(config, path)):
+  with folder_lib.prepared(_placed(config, path), factory):
     return True
 
 
@@ -105,9 +110,8 @@ def _train_all(
 ) -> None:
   # Several processes share an accelerator only if none takes all its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  # In sessions of their own, so that a signal reaches each worker once.
   pool = concurrent.futures.ProcessPoolExecutor(
-    jobs, multiprocessing.get_context("spawn"), os.setsid
+    jobs, multiprocessing.get_context("spawn"), _begin_worker
   )
   with signals.StopRequest() as stop, pool:
     futures = {
@@ -140,6 +144,22 @@ def _wait_for(
       for worker in multiprocessing.active_children():
         worker.terminate()
   return failed
+
+
+def _begin_worker() -> None:
+  """In a worker: the signal is for the run under way, not for the process.
+
+  It is in a session of its own, so that the signal reaches it once. A worker
+  without a run that died of it would take the others with it.
+  """
+  os.setsid()
+  signal.signal(signal.SIGTERM, _begin_no_more)
+
+
+def _begin_no_more(number: int, frame: Any) -> None:
+  global _stopped
+  del number, frame
+  _stopped = True
 
 
 def _train(config: Config, factory: Factory | None) -> str:

@@ -465,15 +465,20 @@ def by_seed(found: Sequence[Neurons]) -> dict[str, dict[str, list[float]]]:
 
 
 def _deviations(found: Sequence[Neurons]) -> dict[str, list[float]]:
-  """{fan-in: log relative update after SparseOpt, less that of many inputs}."""
-  fan_in = np.concatenate([neurons.fan_in for neurons in found])
-  logs = np.concatenate([np.log(n.corrected / n.weights) for n in found])
-  usual = np.mean(logs[fan_in >= 20])
-  return {
-    str(few): (logs[fan_in == few] - usual).tolist()
-    for few in (2, 3, 4, 6, 10)
-    if np.sum(fan_in == few) > 1
-  }
+  """{fan-in: log relative update after SparseOpt, less that of many inputs}.
+
+  One mean for each network that has such neurons: those of one network share
+  their inputs, so they do not count singly.
+  """
+  result: dict[str, list[float]] = {}
+  for neurons in found:
+    logs = np.log(neurons.corrected / neurons.weights)
+    usual = np.mean(logs[neurons.fan_in >= 20])
+    for few in (2, 3, 4, 6, 10):
+      chosen = logs[neurons.fan_in == few]
+      if chosen.size:
+        result.setdefault(str(few), []).append(float(np.mean(chosen) - usual))
+  return result
 
 
 def measure_all(examples: Examples, seeds: int, steps: int) -> dict[str, Any]:
@@ -488,7 +493,7 @@ def measure_all(examples: Examples, seeds: int, steps: int) -> dict[str, Any]:
     - `ratios`: {normalisation: {sparsity: one a seed}}, see `uniform_ratios`.
     - `slopes`: {normalisation: {initialisation: {least fan-in: {slope: one a
       seed}}}}, see `slopes`.
-    - `few_inputs`: {fan-in: one a neuron}, see the function of that name.
+    - `few_inputs`: {fan-in: one a seed}, see the function of that name.
     - `training`: {initialisation: {correction: {weight decay: at each of
       `stops` {least fan-in: {slope: one a seed}}}}}.
     - `neurons`: those of seed 0, batch norm and He initialisation.

@@ -52,7 +52,8 @@ class Checkpoints:
   def save(self, state: TrainState, test_accuracy: float | None = None) -> None:
     """Copies the state and writes it in the background.
 
-    Does nothing where this step's checkpoint is there already.
+    Does nothing where this step's checkpoint is there already: one that a
+    signal forced during the evaluation stays, and is not kept as the best.
 
     Args:
       state: The state, in any layout.

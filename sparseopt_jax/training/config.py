@@ -16,6 +16,7 @@ from sparseopt_jax import data
 from sparseopt_jax import models
 from sparseopt_jax.training.errors import UsageError
 
+PRECISIONS = ("float32", "bfloat16", "float64")
 # Fields that say where a run lives or what it shows, not what it computes: they
 # may differ when a run is resumed.
 _FREE = (
@@ -120,13 +121,14 @@ class Config:
 
   @classmethod
   def from_identity(cls, fields: dict[str, Any]) -> Config:
-    """The inverse of `identity`, on one device.
+    """The inverse of `identity`, on one device; an optimiser is left out.
 
     Raises:
       UsageError: Fields or values of another version.
     """
     layers = tuple(fields.get("dense_layers", ()))
     alone = {"devices": 1, "shard_params": False, "dense_layers": layers}
+    fields = {k: v for k, v in fields.items() if k != "optimizer"}
     try:
       return cls(**{**fields, **alone})
     except TypeError as error:
@@ -141,7 +143,7 @@ def _check_choices(config: Config) -> None:
     ("correction", ("on", "off")),
     ("grow_from", ("raw", "corrected")),
     ("distribution", ("erk", "uniform")),
-    ("precision", ("float32", "bfloat16", "float64")),
+    ("precision", PRECISIONS),
   ):
     _require(config, name, f"one of {', '.join(allowed)}", allowed.__contains__)
 
@@ -234,9 +236,11 @@ def flag(name: str) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs between two `Config.identity()`, one flag an entry."""
+  """What differs between two `folder.identity`, one flag an entry."""
+  # The optimiser is no flag.
+  shown = lambda name: name if name == "optimizer" else flag(name)
   return [
-    f"{flag(name)} {old.get(name)} became {new.get(name)}"
+    f"{shown(name)} {old.get(name)} became {new.get(name)}"
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name)
   ]

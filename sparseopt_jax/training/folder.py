@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 
 
 def default(config: Config) -> str:
@@ -30,14 +32,28 @@ def default(config: Config) -> str:
   return str(pathlib.Path("runs", "-".join(what)))
 
 
+def identity(
+  config: Config, create_optimizer: Callable[..., Any] | None = None
+) -> dict[str, Any]:
+  """What decides what a run computes: flags, and an optimiser of its own."""
+  fields = config.identity()
+  if create_optimizer is not None:
+    name = f"{create_optimizer.__module__}.{create_optimizer.__qualname__}"
+    fields["optimizer"] = name
+  return fields
+
+
 @contextlib.contextmanager
-def prepared(config: Config) -> Iterator[pathlib.Path]:
+def prepared(
+  config: Config, create_optimizer: Callable[..., Any] | None = None
+) -> Iterator[pathlib.Path]:
   """Makes the work folder; refuses one that this run must not write in.
 
   Where the body of the `with` raises, a folder that is still empty goes again.
 
   Args:
     config: What was asked for, `workdir` filled in.
+    create_optimizer: In place of the trainer's, as for `identity`.
 
   Yields:
     The folder.
@@ -50,7 +66,7 @@ def prepared(config: Config) -> Iterator[pathlib.Path]:
   folder = pathlib.Path(config.workdir)
   _check_writable(folder)
   if config.resume:
-    _check_same_run(config, folder)
+    _check_same_run(identity(config, create_optimizer), folder)
   elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
     raise UsageError(
       f"--workdir {folder} holds a run already: --resume goes on with it"
@@ -75,7 +91,26 @@ def _check_writable(folder: pathlib.Path) -> None:
     ) from None
 
 
-def _check_same_run(config: Config, folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps two processes from writing the files of one run.
+
+  Raises:
+    UsageError: Another process is training in this folder.
+  """
+  with (folder / LOCK).open("a") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UsageError(
+        f"--workdir {folder}: another process is training there"
+      ) from None
+    except OSError:
+      pass  # A file system without locks.
+    yield
+
+
+def _check_same_run(wanted: dict[str, Any], folder: pathlib.Path) -> None:
   if not (folder / CONFIG).exists():
     if (folder / CHECKPOINTS).exists():
       raise UsageError(
@@ -85,7 +120,7 @@ def _check_same_run(config: Config, folder: pathlib.Path) -> None:
     return
   if not (folder / CHECKPOINTS).is_dir() and (folder / CHECKPOINTS).exists():
     raise UsageError(f"--resume: {folder / CHECKPOINTS} is not a folder")
-  different = differences(read_config(folder), config.identity())
+  different = differences(read_config(folder), wanted)
   if different:
     raise UsageError(
       f"--resume: {folder} is a run of other flags: {'; '.join(different)}"
@@ -93,7 +128,7 @@ def _check_same_run(config: Config, folder: pathlib.Path) -> None:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The `Config.identity()` of the run in a folder.
+  """The `identity` of the run in a folder.
 
   Raises:
     UsageError: If there is none, or it cannot be read.

@@ -40,6 +40,7 @@ class Run:
 
   Args:
     config: What was asked for.
+    identity: `folder.identity`, for the files.
     task: Model, data set and optimiser.
     layout: Where arrays live.
     folder: The work folder.
@@ -49,12 +50,14 @@ class Run:
   def __init__(
     self,
     config: Config,
+    identity: dict[str, Any],
     task: Task,
     layout: Layout,
     folder: pathlib.Path,
     stop: StopRequest,
   ) -> None:
     self._config = config
+    self._identity = identity
     self._dataset = task.dataset
     self._layout = layout
     self._folder = folder
@@ -84,9 +87,16 @@ class Run:
       RunError: The loss is not finite, or a file could not be written.
       UsageError: All checkpoints are damaged.
     """
-    if self._first:
-      path = self._folder / folder_lib.CONFIG
-      records.write_json(path, self._config.identity())
+    with contextlib.ExitStack() as stack:
+      if self._first:
+        stack.enter_context(folder_lib.locked(self._folder))
+        records.write_json(self._folder / folder_lib.CONFIG, self._identity)
+      state = self._train(create)
+      summary = self._summarise(state, command)
+    telling.say(f"{telling.result_line(summary)}: {self._folder}")
+    return summary
+
+  def _train(self, create: Callable[[], TrainState]) -> TrainState:
     self._checkpoints = Checkpoints(
       self._folder / folder_lib.CHECKPOINTS, self._config.keep_checkpoints
     )
@@ -97,9 +107,7 @@ class Run:
         state = self._run_steps(state)
       self._checkpoints.wait()
     self._show_table("end", state)
-    summary = self._summarise(state, command)
-    telling.say(f"{telling.result_line(summary)}: {self._folder}")
-    return summary
+    return state
 
   def _begin(self, create: Callable[[], TrainState]) -> TrainState:
     restored = None
@@ -161,7 +169,7 @@ class Run:
       raise Interrupted(number)
 
   def _end_epoch(
-    self, state: TrainState, step: int, speed: dict[str, float]
+    self, state: TrainState, step: int, speed: dict[str, float | None]
   ) -> TrainState:
     """Evaluates, writes the figures, then a checkpoint that follows them."""
     train_loss, train_accuracy = state.sums.means()
@@ -215,7 +223,7 @@ class Run:
       "processes": jax.process_count(),
       **telling.surroundings(),
       "command": command,
-      "config": self._config.identity(),
+      "config": self._identity,
     }
     if self._first:
       records.write_json(self._folder / folder_lib.SUMMARY, summary)

@@ -83,35 +83,36 @@ class Speed:
     self.started = False
     self._batch_size = batch_size
     self._born = time.perf_counter() - seconds_before
-    self.start(0, 0.0)
-    self.started = False
 
   def start(self, step: int, waited: float) -> None:
     """Counts from here; `waited` as in `Prefetch`."""
     self.started = True
     self._from = (step, waited, time.perf_counter())
 
-  def figures(self, step: int, waited: float) -> dict[str, float]:
+  def figures(self, step: int, waited: float) -> dict[str, float | None]:
     """Speed since `start`, the share of it spent on waiting for images, and
-    the seconds of the whole run."""
+    the seconds of the whole run; without a step there is no speed."""
     now = time.perf_counter()
+    seconds = {"seconds": now - self._born}
+    if not self.started or step == self._from[0]:
+      return {"images_per_second": None, "input_wait": None, **seconds}
     first_step, waited_before, then = self._from
+    images = (step - first_step) * self._batch_size
     return {
-      "images_per_second": (step - first_step)
-      * self._batch_size
-      / (now - then),
+      "images_per_second": images / (now - then),
       "input_wait": (waited - waited_before) / (now - then),
-      "seconds": now - self._born,
+      **seconds,
     }
 
 
 def epoch_line(line: dict[str, Any], epochs: int) -> str:
   """One line of `metrics.jsonl`, for people."""
+  speed = line["images_per_second"]
   return (
     f"epoch {line['epoch']}/{epochs}: "
     f"train {line['train_loss']:.3f} {line['train_accuracy']:.1%}, "
-    f"test {line['test_loss']:.3f} {line['test_accuracy']:.1%}, "
-    f"{line['images_per_second']:.0f} images/s"
+    f"test {line['test_loss']:.3f} {line['test_accuracy']:.1%}"
+    + ("" if speed is None else f", {speed:.0f} images/s")
   )
 
 
