@@ -552,6 +552,21 @@ def test_dead_neurons_are_left_out():
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
+def test_inverted_correction_divides_by_its_factors():
+  rng = np.random.default_rng(4)
+  mask = rng.random((12, 8)) < 0.4
+  mask[:, 3] = False
+  params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
+  link = sparseopt_jax.sparseopt(0.5, masks={"kernel": jnp.asarray(mask)})
+  tx = sparseopt_jax.keep_params_sparse(
+    optax.chain(ablations.invert(link), optax.scale(-1.0))
+  )
+  updates, _, grads, _ = first_update(tx, params)
+  factor = np.where(mask.any(axis=0), factors(mask), 1)
+  expected = np.where(mask, -np.array(grads["kernel"]) / factor, 0)
+  np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
 def test_neurons_are_kept_alive():
   """None loses its last input, in updates that drop nearly everything."""
   rng = np.random.default_rng(6)
@@ -589,6 +604,7 @@ def test_neurons_are_kept_alive():
     ablations.after_adam,
     ablations.live_mean,
     ablations.kept_alive,
+    ablations.inverted,
   ],
 )
 def test_variants_stay_sparse_over_mask_updates(params, factory):

@@ -118,6 +118,12 @@ def kept_alive(*arguments: Any) -> Any:
   return _sparse(keep_largest(parts.link), parts.decay, parts.sgd)
 
 
+def inverted(*arguments: Any) -> Any:
+  """The skew is made twice as large, instead of being undone."""
+  parts = _parts(*arguments)
+  return _sparse(invert(parts.link), parts.decay, parts.sgd)
+
+
 def correct_after(
   link: optax.GradientTransformationExtraArgs,
   inner: optax.GradientTransformation,
@@ -199,6 +205,30 @@ def keep_largest(
   return optax.GradientTransformationExtraArgs(link.init, update_fn)
 
 
+def invert(
+  link: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """The gradient divided by the factors of the correction.
+
+  Args:
+    link: `sparseopt_jax.sparseopt`; the state is its own.
+  """
+
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, **extra_args: Any
+  ) -> tuple[Any, Any]:
+    factors = state.correction
+    updates, state = link.update(updates, state, params, **extra_args)
+    return _for_each_layer(_divide_twice, factors, updates), state
+
+  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+
+
+def _divide_twice(factor: jax.Array, update: jax.Array) -> jax.Array:
+  # A dead neuron has factor 0, and updates of 0.
+  return update / jnp.where(factor > 0, factor, 1) ** 2
+
+
 def _scale_by_live(factor: jax.Array, update: jax.Array) -> jax.Array:
   return update * jnp.sqrt(jnp.mean(factor > 0))
 
@@ -264,6 +294,7 @@ VARIANTS = (
   Variant("SparseOpt and HAM", "on", "HAM", ham),
   Variant("SparseOpt after decay", "on", "SparseOpt", decay_first),
   Variant("SparseOpt, mean of live neurons", "on", "SparseOpt", live_mean),
+  Variant("correction inverted", "on", "baseline", inverted),
   Variant("kept alive", "off", "baseline", kept_alive),
   Variant("SparseOpt, kept alive", "on", "kept alive", kept_alive),
   Variant("dense ends", "off", "baseline", None, ENDS),
