@@ -168,7 +168,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         report.percent(row["sparseopt"]),
         report.percent(row["difference"]),
         report.percent(row["train_difference"]),
-        f"{row['speedup']:.2f}",
+        f"{row['speedup']:.2f}" if row["speedup"] else "never",
         str(row["never"]),
         *levels,
         " | ".join(f"{100 * x:.1f}" for x in row["itop_rate"]),
