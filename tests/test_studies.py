@@ -319,24 +319,26 @@ if __name__ == "__main__":
   script = tmp_path / "two_runs.py"
   script.write_text(code)
   environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-  words = [sys.executable, script, data_dir, tmp_path]
-  parent = subprocess.Popen(list(map(str, words)), env=environment)
+  words = list(map(str, [sys.executable, script, data_dir, tmp_path]))
+  parent = subprocess.Popen(
+    words, env=environment, stdout=subprocess.PIPE, text=True
+  )
   metrics = tmp_path / "long" / folder_lib.METRICS
-  while not (
-    (tmp_path / "short" / folder_lib.SUMMARY).exists()
-    and metrics.exists()
-    and len(metrics.read_text().splitlines()) > 1
-  ):
-    assert parent.poll() is None
-    time.sleep(0.05)
-  time.sleep(1)  # for the worker of the short run to be idle
-  parent.send_signal(signal.SIGTERM)
-  parent.wait()
-  log = (tmp_path / "long.log").read_text()
-  assert "Traceback" not in log
-  steps = [int(p.name) for p in (tmp_path / "long" / "checkpoints").iterdir()]
-  lines = metrics.read_text().splitlines()
-  assert max(steps) > json.loads(lines[-1])["step"]
+  try:
+    while not (
+      (tmp_path / "short" / folder_lib.SUMMARY).exists()
+      and metrics.exists()
+      and len(metrics.read_text().splitlines()) > 1
+    ):
+      assert parent.poll() is None
+      time.sleep(0.05)
+    time.sleep(1)  # for the worker of the short run to be idle
+    parent.send_signal(signal.SIGTERM)
+    said, _ = parent.communicate(timeout=120)
+  finally:
+    parent.kill()
+  assert "long: stopped by SIGTERM" in said
+  assert "Traceback" not in (tmp_path / "long.log").read_text()
 
 
 def test_factories_can_be_sent_to_workers():

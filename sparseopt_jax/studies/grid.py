@@ -165,8 +165,6 @@ def _begin_no_more(number: int, frame: Any) -> None:
 def _train(config: Config, factory: Factory | None) -> str:
   """In a worker: trains one run, unless a signal has come."""
   global _stopped
-  if _stopped:
-    return "not begun"
   from sparseopt_jax import train
 
   assert config.workdir is not None
@@ -179,6 +177,8 @@ def _train(config: Config, factory: Factory | None) -> str:
     contextlib.redirect_stderr(file),
     signals.StopRequest() as stop,
   ):
+    if _stopped:
+      return "not begun"
     try:
       command = _command(config, factory)
       summary = train.train(config, stop, command, factory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -14,6 +13,11 @@ from typing import Any
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.config import differences
 from sparseopt_jax.training.errors import UsageError
+
+try:
+  import fcntl
+except ImportError:  # Windows has no such locks.
+  fcntl = None  # type: ignore[assignment]
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -65,12 +69,7 @@ def prepared(
   assert config.workdir is not None
   folder = pathlib.Path(config.workdir)
   _check_writable(folder)
-  if config.resume:
-    _check_same_run(identity(config, create_optimizer), folder)
-  elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
-    raise UsageError(
-      f"--workdir {folder} holds a run already: --resume goes on with it"
-    )
+  check(folder, identity(config, create_optimizer), config.resume)
   try:
     yield folder
   except BaseException:
@@ -91,16 +90,34 @@ def _check_writable(folder: pathlib.Path) -> None:
     ) from None
 
 
+def check(folder: pathlib.Path, wanted: dict[str, Any], resume: bool) -> None:
+  """Raises UsageError if a run with this `identity` must not write there."""
+  if resume:
+    _check_same_run(wanted, folder)
+  elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
+    raise UsageError(
+      f"--workdir {folder} holds a run already: --resume goes on with it"
+    )
+
+
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps two processes from writing the files of one run.
+  """Keeps two processes from writing the files of one run, where it can.
 
   Raises:
-    UsageError: Another process is training in this folder.
+    UsageError: Another process is training in this folder, or the lock's file
+      cannot be written.
   """
-  with (folder / LOCK).open("a") as file:
+  try:
+    file = (folder / LOCK).open("a")
+  except OSError as error:
+    raise UsageError(
+      f"--workdir {folder} cannot be written: {error.strerror}"
+    ) from None
+  with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise UsageError(
         f"--workdir {folder}: another process is training there"

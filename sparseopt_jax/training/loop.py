@@ -90,6 +90,8 @@ class Run:
     with contextlib.ExitStack() as stack:
       if self._first:
         stack.enter_context(folder_lib.locked(self._folder))
+        # Another process may have been here since the folder was prepared.
+        folder_lib.check(self._folder, self._identity, self._config.resume)
         records.write_json(self._folder / folder_lib.CONFIG, self._identity)
       state = self._train(create)
       summary = self._summarise(state, command)
