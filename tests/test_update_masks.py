@@ -63,8 +63,8 @@ def test_a_host_that_counts_gets_the_same(topology, wrapped):
   ):
     assert mine.dtype == other.dtype
     if jnp.issubdtype(mine.dtype, jnp.floating):
-      # Other programs, so sums may be rounded otherwise.
-      np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+      # Other programs, so sums of numbers of about 1 may be rounded otherwise.
+      np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-6)
     else:
       np.testing.assert_array_equal(mine, other)
 
