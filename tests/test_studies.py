@@ -646,7 +646,14 @@ def test_ablations_report_what_is_there(tmp_path, monkeypatch):
     for seed, accuracy in enumerate(accuracies.get(variant.label, ())):
       config = variant.config(args, "rigl-95", seed)
       place = tmp_path / variant.name(config)
-      leave(place, config, [0.5, accuracy], variant.factory)
+      train = 0.9 if variant.label == "SparseOpt" else 0.8
+      leave(
+        place,
+        config,
+        [0.5, accuracy],
+        variant.factory,
+        train_accuracy=train,
+      )
   words = ["ablations", "--out", str(tmp_path), "--report"]
   assert command.main(words) == 0
   found = results(tmp_path, "ablations")["results"]["rigl-95"]
@@ -663,6 +670,9 @@ def test_ablations_report_what_is_there(tmp_path, monkeypatch):
   # Of 0.02, 0.00 and 0.04: standard error 0.02 / sqrt(3); t of 2 degrees: 4.30.
   assert found["SparseOpt after Adam"]["difference"] == pytest.approx(
     [0.02, 4.30265 * 0.02 / 3**0.5], rel=1e-4
+  )
+  assert found["SparseOpt"]["train_difference"] == pytest.approx(
+    [0.1, 0], abs=1e-9
   )
   assert found["SparseOpt and HAM"]["difference"] is None
   assert found["SparseOpt and HAM"]["test_accuracy"] == [0.9, None]

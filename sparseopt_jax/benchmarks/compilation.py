@@ -27,9 +27,9 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
 
   All but those told compile the mask update, due or not.
 
-  Every repeat starts from steps that JAX has not seen; the rows told share
-  the compiled `init` of those that are not. Without a persistent
-  compilation cache, so JAX_COMPILATION_CACHE_DIR must not be set.
+  Every repeat starts from steps that JAX has not seen; the rows told share the
+  compiled `init` of those that are not. Without a persistent compilation cache,
+  so JAX_COMPILATION_CACHE_DIR must not be set.
 
   Args:
     model: Whose parameters to optimise.

@@ -324,27 +324,29 @@ def summarise(found: Runs) -> dict[str, dict[str, Any]]:
     if not runs:
       continue
     ends = {seed: run.lines[-1] for seed, run in runs.items()}
-    test = {seed: line["test_accuracy"] for seed, line in ends.items()}
     others = found.get(variant.against or "", {})
-    dead = {seed: line["dead_neurons"] for seed, line in ends.items()}
-    differences = {
-      seed: test[seed] - others[seed].lines[-1]["test_accuracy"]
-      for seed in test
-      if seed in others
+    raw = {
+      figure: {seed: line[figure] for seed, line in ends.items()}
+      for figure in ("test_accuracy", "train_accuracy", "dead_neurons")
     }
+    test, train = (
+      {
+        seed: value - others[seed].lines[-1][figure]
+        for seed, value in raw[figure].items()
+        if seed in others
+      }
+      for figure in ("test_accuracy", "train_accuracy")
+    )
     results[variant.label] = {
       "against": variant.against,
-      "test_accuracy": report.interval(list(test.values())),
-      "difference": (
-        report.interval(list(differences.values())) if differences else None
+      "test_accuracy": report.interval(list(raw["test_accuracy"].values())),
+      "difference": report.interval(list(test.values())) if test else None,
+      "train_difference": (
+        report.interval(list(train.values())) if train else None
       ),
       "itop_rate": statistics.fmean(x["itop_rate"] for x in ends.values()),
-      "dead_neurons": statistics.fmean(dead.values()),
-      "raw": {
-        "test_accuracy": test,
-        "difference": differences,
-        "dead_neurons": dead,
-      },
+      "dead_neurons": statistics.fmean(raw["dead_neurons"].values()),
+      "raw": {**raw, "difference": test},
     }
   return results
 
@@ -356,6 +358,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     "seeds",
     "test %",
     "difference",
+    "while training",
     "to",
     "ITOP %",
     "dead",
@@ -363,13 +366,13 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
   rows = [header]
   for condition, found in results.items():
     for label, row in found.items():
-      difference = row["difference"]
+      changes = [row["difference"], row["train_difference"]]
       rows.append(
         [
           f"{condition}, {label}",
           str(len(row["raw"]["test_accuracy"])),
           report.percent(row["test_accuracy"]),
-          report.percent(difference) if difference else "-",
+          *(report.percent(change) if change else "-" for change in changes),
           row["against"] or "-",
           f"{100 * row['itop_rate']:.1f}",
           f"{row['dead_neurons']:.1f}",
