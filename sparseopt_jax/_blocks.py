@@ -47,10 +47,12 @@ def counts(
 
 
 def _sums(values: Sequence[jax.Array], axes: Sequence[int]) -> list[jax.Array]:
-  def add(a: tuple, b: tuple) -> tuple:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+  return lax.reduce(tuple(values), (np.int32(0),) * len(values), _add, axes)
 
-  return lax.reduce(tuple(values), (np.int32(0),) * len(values), add, axes)
+
+# At module level, since JAX traces a function that it knows only once.
+def _add(a: tuple, b: tuple) -> tuple:
+  return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +163,8 @@ def _in_groups(
   dtypes = [_common_dtype([layers[i] for i in small]) for layers, _ in columns]
   packers, tables = [], []
   for group, of_group in zip(groups, heights, strict=True):
-    packers.append(functools.partial(_pack, group, of_group, columns, dtypes))
+    pieces = [_pieces(group, of_group, column) for column in columns]
+    packers.append(functools.partial(_pack, pieces, dtypes))
     tables.append(_table(group, of_group, shapes, slots))
 
   def one(turn: tuple[jax.Array, ...]) -> jax.Array:
@@ -215,25 +218,35 @@ def _table(
   return layers, sizes, padding, slots_of_rows, np.concatenate(starts)
 
 
-def _pack(
-  group: Sequence[int],
-  heights: Sequence[int],
-  columns: Sequence[Column],
-  dtypes: Sequence[np.dtype],
+def _pieces(
+  group: Sequence[int], heights: Sequence[int], column: Column
 ) -> list[jax.Array]:
-  """The layers of a group one below the other, for each column."""
-  arrays = []
-  for (layers, fill), dtype in zip(columns, dtypes, strict=True):
-    pieces = []
-    for i, height in zip(group, heights, strict=True):
-      # Whole rows need no copy of their own.
-      flat = layers[i].reshape(-1).astype(dtype)
-      whole = flat.size // _ROW * _ROW
-      rest = (0, height * _ROW - flat.size)
-      tail = jnp.pad(flat[whole:], rest, constant_values=fill)
-      pieces += [flat[:whole].reshape(-1, _ROW), tail.reshape(-1, _ROW)]
-    arrays.append(jnp.concatenate([piece for piece in pieces if piece.size]))
-  return arrays
+  """The layers of a group, and their padding, as arrays of whole rows.
+
+  Made before the loop over the groups. What the loop finds ready it copies
+  without a program of its own; a reshape in front of the copy would have to be
+  compiled with it, for each group anew.
+  """
+  layers, fill = column
+  pieces = []
+  for i, height in zip(group, heights, strict=True):
+    # Whole rows need no copy of their own.
+    flat = layers[i].reshape(-1)
+    whole = flat.size // _ROW * _ROW
+    rest = (0, height * _ROW - flat.size)
+    tail = jnp.pad(flat[whole:], rest, constant_values=fill)
+    pieces += [flat[:whole].reshape(-1, _ROW), tail.reshape(-1, _ROW)]
+  return [piece for piece in pieces if piece.size]
+
+
+def _pack(
+  pieces: Sequence[Sequence[jax.Array]], dtypes: Sequence[np.dtype]
+) -> list[jax.Array]:
+  """A group as one array for each column."""
+  return [
+    jnp.concatenate([piece.astype(dtype) for piece in of_column])
+    for of_column, dtype in zip(pieces, dtypes, strict=True)
+  ]
 
 
 def _unpack(

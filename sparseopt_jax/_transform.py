@@ -97,7 +97,9 @@ def _growth_scores(
   return scores
 
 
-def _neurons(mask: jax.Array, axes: Sequence[int]) -> tuple:
+# Compiled once for each shape and not for each layer.
+@functools.partial(jax.jit, static_argnames="axes")
+def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
   """The fan-in of each neuron and the factor of its gradient.
 
   Args:
@@ -200,7 +202,7 @@ def _update_neurons(state: SparseOptState) -> SparseOptState:
   rows = [
     _neurons(
       _state.has_bits(status, _state.ACTIVE),
-      [axis for axis, size in enumerate(fan_in.shape) if size == 1],
+      tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1),
     )
     for status, fan_in in zip(
       _state.sparse_only(state.status, state.status),

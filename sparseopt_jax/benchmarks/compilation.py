@@ -1,7 +1,9 @@
 """The first call of the optimiser's step, and the memory of its program."""
 
 import functools
+import pathlib
 import resource
+import tempfile
 import time
 from typing import Any
 
@@ -25,7 +27,9 @@ def _optimizers(sparsity: float) -> dict[str, optax.GradientTransformation]:
 def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
   """Ratios of tracing, compiling and running once, to plain SGD.
 
-  All but those told compile the mask update, due or not.
+  All but those told compile the mask update, due or not. The number of kernels,
+  the small programs that XLA makes of a step, is from another compilation, by
+  JAX's profiler, which counts them on a CPU.
 
   Every repeat starts from steps that JAX has not seen; the rows told share the
   compiled `init` of those that are not. Without a persistent compilation cache,
@@ -62,7 +66,40 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
   rows = timing.ratios(times, "plain", timing.clock())
   for name, column in columns.items():
     rows[name]["init_milliseconds"] = 1e3 * float(np.median(column[2]))
+  for name, tx in _optimizers(sparsity).items():
+    _, lowered = _abstract_step(tx, params, gradients)
+    kernels = _count_kernels(lowered)
+    if kernels:
+      each = rows[name]["milliseconds"] / kernels
+      rows[name] |= {"kernels": kernels, "milliseconds_a_kernel": each}
   return rows
+
+
+def _abstract_step(
+  tx: optax.GradientTransformation, params: Any, gradients: Any
+) -> tuple[Any, Any]:
+  """The shapes of a step's state, and the step itself, not yet compiled."""
+  first_state = functools.partial(optimizer.first_state, tx)
+  state = jax.eval_shape(first_state, params)
+  return state, optimizer.lowered_step(tx, state, gradients)
+
+
+def _count_kernels(lowered: Any) -> int:
+  """How many kernels XLA compiles; 0 where its profile does not tell."""
+  options = jax.profiler.ProfileOptions()
+  options.host_tracer_level = 3
+  options.python_tracer_level = 0
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder, profiler_options=options):
+      lowered.compile()
+    (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(file))
+  return sum(
+    event.name == "FusionCompiler::Compile"
+    for plane in profile.planes
+    for line in plane.lines
+    for event in line.events
+  )
 
 
 def memory(model: str, sparsity: float) -> dict[str, dict]:
@@ -76,10 +113,8 @@ def memory(model: str, sparsity: float) -> dict[str, dict]:
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   rows: dict[str, dict[str, Any]] = {}
   for name, tx in timing.optimizers(0.1, sparsity, 1).items():
-    first_state = functools.partial(optimizer.first_state, tx)
-    state = jax.eval_shape(first_state, params)
-    program = optimizer.lowered_step(tx, state, gradients).compile()
-    analysis: Any = program.memory_analysis()
+    state, lowered = _abstract_step(tx, params, gradients)
+    analysis: Any = lowered.compile().memory_analysis()
     rows[name] = {
       "state_bytes_a_parameter": _num_bytes(state[1]) / size,
       "temporary_bytes_a_parameter": analysis.temp_size_in_bytes / size,
