@@ -52,7 +52,9 @@ def sparseopt_sgd(
     )
 
   Under ``optax.inject_hyperparams`` only ``learning_rate``, ``momentum`` and
-  ``weight_decay`` can be injected; all others belong into ``static_args``.
+  ``weight_decay`` can be injected; all others that are numbers, strings or
+  topologies belong into ``static_args``, those left at their default too:
+  ``static_args=('sparsity', 'topology', 'output_axis', 'seed')``.
 
   Args:
     learning_rate: :math:`\eta`, or a schedule.

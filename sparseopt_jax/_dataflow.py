@@ -86,7 +86,7 @@ def products(
 
   Returns:
     The products in the order in which they are computed. Those inside of
-    `lax.cond` and `lax.while_loop` are not found.
+    `lax.cond` are not found, and of a `lax.while_loop` at most one round is.
 
   Raises:
     TypeError: If `module` is not a Flax (linen) module.
@@ -213,11 +213,29 @@ class _Walk:
   ) -> list[_Value]:
     if equation.primitive.name != "scan":
       return self.run(inner, operands, repeats)
+    operands = _with_carried_data(equation, inner, operands)
     results = self.run(inner, operands, repeats * equation.params["length"])
     # What is carried goes into the next round as well; it counts as used.
     carried = results[: equation.params["num_carry"]]
     self.use(carried, NONE)
     return results
+
+
+def _with_carried_data(
+  equation: core.JaxprEqn, inner: core.Jaxpr, operands: Sequence[_Value]
+) -> list[_Value]:
+  """The operands of a scan; what starts as a constant may carry data later."""
+  first, number = equation.params["num_consts"], equation.params["num_carry"]
+  found = [_Value(v.is_data, kernels=v.kernels) for v in operands]
+  for _ in range(number):  # Each round finds another one, or no more come.
+    results = _Walk().run(inner, found, 1)
+    for place, result in enumerate(results[:number], first):
+      if result.is_data:
+        found[place] = _Value(True)
+  return [
+    old if old.is_data == new.is_data else new
+    for old, new in zip(operands, found, strict=True)
+  ]
 
 
 def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:

@@ -31,7 +31,8 @@ class SparseOptState(NamedTuple):
 
   # shape=(), dtype=jnp.int32; calls of update so far
   count: jax.Array  # type: ignore[assignment]
-  updated_at: jax.Array  # shape=(), dtype=jnp.int32; count after a mask update
+  # shape=(), dtype=jnp.int32; the count, if the last call updated the masks
+  updated_at: jax.Array
   skipped: jax.Array  # shape=(), dtype=jnp.int32; mask updates given up
   key: jax.Array  # shape=(2,), dtype=jnp.uint32; from the seed
   status: (
@@ -55,7 +56,8 @@ def has_bits(status: jax.Array, bits: int) -> jax.Array:
 
 
 def just_updated(state: SparseOptState) -> jax.Array:
-  return state.updated_at == state.count
+  # Where it is never set, the compiler sees that the first part is false.
+  return (state.updated_at >= 0) & (state.updated_at == state.count)
 
 
 def settled_bits(fresh: jax.Array) -> jax.Array:
@@ -101,7 +103,7 @@ def once(
   the predicate is known while tracing.
   """
   if isinstance(predicate, bool):
-    return body(operand) if predicate else operand
+    return jax.jit(body)(operand) if predicate else operand
   return lax.while_loop(
     lambda carry: carry[0],
     lambda carry: (jnp.zeros_like(carry[0]), body(carry[1])),

@@ -82,6 +82,8 @@ class _Dynamic:
     if callable(self.drop_fraction):
       fraction = jnp.asarray(self.drop_fraction(count), jnp.float32)
     else:
+      # Not beyond T, where the cosine rises again.
+      count = jnp.minimum(count, self.update_until)
       angle = jnp.float32(math.pi) * count.astype(jnp.float32)
       angle /= jnp.float32(max(self.update_until, 1))
       fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
@@ -113,7 +115,7 @@ class SET(_Dynamic):
     update_until: :math:`T`, in calls; no update from this call on.
     update_every: Calls between two mask updates.
     drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
-      :math:`f(t)` itself.
+      :math:`f(t)` itself, a scalar; it is clipped to [0, 1].
 
   Raises:
     TypeError: If an argument has the wrong type.
@@ -148,7 +150,7 @@ class RigL(_Dynamic):
     update_until: The end of the mask updates, in calls.
     update_every: Calls between two mask updates.
     drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
-      :math:`f(t)` itself.
+      :math:`f(t)` itself, a scalar; it is clipped to [0, 1].
     grow_from: ``'raw'`` takes the gradient as it comes, ``'corrected'``
       rescales it as the weights' own gradient is, which explores less.
     accumulate: Growth scores come from the mean gradient of this many calls,

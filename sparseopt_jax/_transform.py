@@ -243,6 +243,8 @@ def _advance(
 ) -> SparseOptState:
   """The state after a call: counted, and with new masks where they are due."""
   count = state.count
+  # A count that is set back must not meet that of an earlier mask update.
+  state = state._replace(updated_at=jnp.full_like(state.updated_at, -1))
   if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
     in_window = topology.in_window(count)
     state = _state.once(
@@ -319,6 +321,11 @@ def sparseopt(
   calls. A loop that counts them itself can say so by the extra argument
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
+  That ``step`` has to be the state's own count, by which the drop fraction and
+  ``accumulate`` go.
+
+  Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
+  and float32 have the range.
 
   Args:
     sparsity: Fraction of zeros over all sparse leaves, in [0, 1).

@@ -245,9 +245,11 @@ def keep_params_sparse(
 
   Args:
     inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it
-      and a state that ``optax.tree.map_params`` can map. Of Optax's own,
-      ``sm3`` and the line searches (``lbfgs`` has one by default) have not;
-      they work in the bare chain.
+      and a state that ``optax.tree.map_params`` can map, in each step anew. Of
+      Optax's own, ``sm3``, ``monitor``, ``flatten``, ``lookahead`` and the line
+      searches (``lbfgs`` has one by default) have not; most work in the bare
+      chain. Slots in the shape of a leaf are taken for per-weight state, so a
+      state of square matrices, as in Shampoo, needs the bare chain too.
 
   Returns:
     A ``GradientTransformationExtraArgs``. Its ``init`` calls ``inner.init`` on
@@ -256,8 +258,8 @@ def keep_params_sparse(
 
   Raises:
     TypeError: If ``inner`` is not a transformation.
-    ValueError: In ``init``, if ``inner`` holds no sparseopt or several, or its
-      slots cannot be found; in ``update``, if ``params`` are missing.
+    ValueError: If ``inner`` holds no sparseopt or several, or its slots cannot
+      be found; in ``update``, if ``params`` are missing.
 
   Examples:
 
@@ -308,7 +310,8 @@ def keep_params_sparse(
       # A wrapper around this one is at work.
       return inner.update(updates, state, params, **extra_args)
     new = find_state(inner.update(updates, state, params, **extra_args)[1])
-    fresh = new.updated_at != old.updated_at
+    # Not so where the call did not get as far as the link, as in MultiSteps.
+    fresh = _state.just_updated(new) & (new.count != old.count)
     changed = _changed(new.status, fresh, params)
     # The gradient was taken under the old masks, so it gets their factors.
     settled = SettledState(*new._replace(correction=old.correction))

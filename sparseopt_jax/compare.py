@@ -213,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise UsageError(f"--accuracy must be in (0, 1], got {args.accuracy}")
     if args.out.is_dir():
       raise UsageError(f"--out {args.out} is a folder")
+    if args.out.suffix.lower() != ".png":
+      raise UsageError(f"--out must end in .png, got {args.out}")
     if not args.out.parent.is_dir():
       raise UsageError(
         f"--out {args.out}: there is no folder {args.out.parent}"
@@ -221,7 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     twice = [p for i, p in enumerate(args.runs) if places[i] in places[:i]]
     if twice:
       raise UsageError(f"{twice[0]} is given twice")
-    groups = group([read(path) for path in args.runs])
+    runs = [read(path) for path in args.runs]
+    for i, run in enumerate(runs):
+      same = [j for j in range(i) if runs[j].flags == run.flags]
+      if same:
+        raise UsageError(
+          f"{args.runs[i]} has the flags and the seed of {args.runs[same[0]]}; "
+          "give one of the two"
+        )
+    groups = group(runs)
     weakest = min(statistics.fmean(each.final()) for each in groups)
     print(table(groups, weakest if args.accuracy is None else args.accuracy))
     from sparseopt_jax.training import plots

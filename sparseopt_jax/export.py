@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -313,12 +314,13 @@ def evaluate(
   return hits / dataset.num_test
 
 
-def _export(run: pathlib.Path, out: pathlib.Path) -> str:
+def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
   """Exports a finished run and returns what to say about it."""
   summary = _finished(run)
   from sparseopt_jax.training import build
 
   config = Config.from_identity(folder.read_config(run))
+  config = dataclasses.replace(config, data_dir=data_dir)
   dataset = build.dataset(config)
   variables, masks = _final(config, run, summary["step"])
   info = {
@@ -383,6 +385,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("run", type=pathlib.Path, metavar="RUN")
   parser.add_argument("out", type=pathlib.Path, metavar="OUT")
+  parser.add_argument(
+    "--data-dir",
+    help="folder of the run's data set, to check the accuracy of the file "
+    "(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
+  )
 
   def command() -> None:
     args = parser.parse_args(arguments)
@@ -390,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise UsageError(f"OUT {args.out} is there already")
     if not args.out.parent.is_dir():
       raise UsageError(f"OUT {args.out}: there is no folder {args.out.parent}")
-    print(_export(args.run, args.out))
+    print(_export(args.run, args.out, args.data_dir))
 
   return cli.run(command)
 

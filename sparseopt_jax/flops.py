@@ -34,7 +34,8 @@ def forward_flops(
 
   over the matrix products and convolutions :math:`l`, with :math:`d_l` the
   density of the kernel. A product without a kernel, as in attention, is dense;
-  what is inside of `lax.cond` or `lax.while_loop` does not count.
+  what is inside of `lax.cond` does not count, and of a `lax.while_loop` at most
+  one round does.
   Nothing is computed: `jax.ShapeDtypeStruct` will do for arrays.
 
   Args:

@@ -44,7 +44,7 @@ def normalizations(
     {path: "batch_norm", "layer_norm", "group_norm" or "none"} for each
     parameter that is multiplied, as the kernel of a matrix product or a
     convolution, with something that depends on the inputs. Kernels used only
-    inside of `lax.cond` or `lax.while_loop` are missing.
+    inside of `lax.cond` are missing; those of a `lax.while_loop` may be.
 
   Raises:
     TypeError: If `module` is not a Flax (linen) module.

@@ -210,9 +210,9 @@ def assert_replicas_agree(opt_state: optax.OptState) -> None:
 
   Masks drift apart if the replicas' gradients are not averaged before
   ``update``. For the user's own loop, now and then and outside of
-  ``jax.jit``: it compares :func:`sparseopt_jax.masks_checksum` over the rows of
-  a state that ``jax.pmap`` stacks on a first axis, over the devices that hold
-  copies of an array, and over processes.
+  ``jax.jit``: it compares :func:`sparseopt_jax.masks_checksum` over the entries
+  of a state that ``jax.pmap`` or ``jax.vmap`` stacks on leading axes, over the
+  devices that hold copies of an array, and over processes.
 
   Args:
     opt_state: A state that holds one :class:`sparseopt_jax.SparseOptState`.
@@ -230,8 +230,9 @@ def assert_replicas_agree(opt_state: optax.OptState) -> None:
     >>> sparseopt_jax.assert_replicas_agree(opt_state)
   """
   state = _wrappers.find_state(opt_state)
-  is_stacked = jnp.ndim(state.count) == 1
-  checksum = jax.vmap(masks_checksum) if is_stacked else masks_checksum
+  checksum = masks_checksum
+  for _ in range(jnp.ndim(state.count)):
+    checksum = jax.vmap(checksum)
   # Each device computes from its own copy of what is replicated.
   copies = jax.jit(checksum)(state).addressable_shards
   seen = {int(x) for copy in copies for x in np.ravel(copy.data)}

@@ -278,3 +278,44 @@ def test_flags_are_checked_before_heavy_imports():
   package = pathlib.Path(sparseopt_jax.__file__).parent.parent
   environment = {**os.environ, "PYTHONPATH": str(package)}
   subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+_WITHOUT = """
+import runpy, sys
+
+class Blocker:
+  def find_spec(self, name, path=None, target=None):
+    if name.partition(".")[0] == {package!r}:
+      raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+sys.argv = {words!r}
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+  ("line", "package", "extra"),
+  [
+    ("train", "tyro", "train"),
+    ("train", "flax", "train"),
+    ("studies exploration", "matplotlib", "train"),
+    ("benchmarks memory --model resnet8", "flax", "train"),
+    ("benchmarks input --model resnet8", "array_record", "tfds"),
+  ],
+)
+def test_a_missing_package_is_named(tmp_path, line, package, extra):
+  command, *flags = line.split()
+  package_root = pathlib.Path(sparseopt_jax.__file__).parent.parent
+  words = [f"sparseopt_jax.{command}", *flags]
+  done = subprocess.run(
+    [sys.executable, "-c", _WITHOUT.format(package=package, words=words)],
+    env={**os.environ, "PYTHONPATH": str(package_root)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1] == (
+    f"error: {package} is missing: pip install 'sparseopt-jax[{extra}]'"
+  )

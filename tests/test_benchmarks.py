@@ -51,6 +51,12 @@ def test_first_call(tmp_path, capsys, no_cache):
   arguments = ["compile", "--model", "resnet8", "--repeats", "1"]
   rows = _run(arguments, tmp_path, capsys)
   assert rows["RigL"]["ratio"] > rows["static"]["ratio"] > 0.5
+  for row in rows.values():
+    product = row["kernels"] * row["milliseconds_a_kernel"]
+    assert product == pytest.approx(row["milliseconds"])
+  assert rows["plain"]["kernels"] < rows["static"]["kernels"] + 5
+  assert rows["RigL"]["kernels"] > rows["SET"]["kernels"] > 50
+  assert rows["RigL, told"]["kernels"] == rows["static"]["kernels"]
 
 
 def test_first_call_refuses_a_cache(capsys):
@@ -116,6 +122,9 @@ def test_ratios_are_taken_round_by_round():
     ("optimizer --model vgg", "invalid choice: 'vgg'"),
     ("training-step --batch-size 0", "--batch-size must be at least 1"),
     ("training-step --precision half", "invalid choice: 'half'"),
+    ("training-step --image-size 0", "--image-size must be at least 1, got 0"),
+    ("scaling --sizes 8000 -5", "--sizes must be at least 8000, got -5"),
+    ("memory --repeats 3", "unrecognized arguments: --repeats 3"),
     ("memory --output none/a.json", "--output none/a.json: there is no such"),
     ("memory --output .", "--output . is a folder"),
   ],

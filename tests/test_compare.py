@@ -1,6 +1,7 @@
 """Comparing runs: groups, table, plot, bad input."""
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -108,11 +109,14 @@ def test_command(runs, tmp_path, capsys):
     ("{tmp}/a --out {tmp}/no/x.png", "there is no folder"),
     ("{tmp}/a --seeds 3", "--seeds"),
     ("{tmp}/a {tmp}/b {tmp}/../{name}/a", "/a is given twice"),
+    ("{tmp}/a {tmp}/c {tmp}/again", "again has the flags and the seed of"),
+    ("{tmp}/a --out x.pdf", "--out must end in .png, got x.pdf"),
   ],
 )
 def test_bad_input(runs, tmp_path, capsys, arguments, message):
   (tmp_path / "empty").mkdir()
   (tmp_path / "empty" / folder.CONFIG).write_text("{}")
+  shutil.copytree(tmp_path / "a", tmp_path / "again")
   assert (
     compare.main(arguments.format(tmp=tmp_path, name=tmp_path.name).split())
     == 2

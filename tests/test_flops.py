@@ -11,6 +11,7 @@ import pytest
 from sparseopt_jax import _distributions
 from sparseopt_jax import _topology
 from sparseopt_jax import flops
+from sparseopt_jax import inspection
 from sparseopt_jax import models
 
 
@@ -171,6 +172,22 @@ class Scanned(nn.Module):
 def test_scan_counts_every_round():
   inputs = jnp.zeros((1, 6))
   assert flops.forward_flops(Scanned(), inputs) == 4 * 2 * 36
+
+
+def test_recurrent_products_count():
+  """The carry starts as zeros, but depends on the inputs from then on."""
+  module = nn.RNN(nn.LSTMCell(4))
+  inputs = jnp.zeros((1, 5, 3))
+  # Four gates of 4 neurons, each with 3 inputs and 4 recurrent ones.
+  macs = 5 * 4 * 4 * (3 + 4)
+  assert flops.forward_flops(module, inputs) == 2 * macs
+  densities = {f"cell/h{gate}/kernel": 0.25 for gate in "ifgo"}
+  sparse = 5 * 4 * 4 * (3 + 4 * 0.25)
+  assert flops.forward_flops(module, inputs, densities=densities) == 2 * sparse
+  kinds = inspection.normalizations(module, inputs)
+  assert kinds == {
+    f"cell/{x}{gate}/kernel": "none" for x in "ih" for gate in "ifgo"
+  }
 
 
 def test_training_by_hand():

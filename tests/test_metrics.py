@@ -119,3 +119,16 @@ def test_table_has_a_line_for_each_layer():
     assert int(cells[5]) == (oracle.fan_ins(mask) == 0).sum()
     assert cells[6] == corrected
   assert lines[3].split()[1] == str(sum(mask.sum() for mask in masks.values()))
+
+
+def test_replicas_stacked_twice_are_compared():
+  params = {"kernel": jnp.ones((8, 4))}
+
+  def init(seed):
+    tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.75, seed=seed)
+    return tx.init(params)
+
+  stack = jax.vmap(jax.vmap(init))
+  sparseopt_jax.assert_replicas_agree(stack(jnp.zeros((2, 2), jnp.int32)))
+  with pytest.raises(AssertionError, match="must hold the same masks"):
+    sparseopt_jax.assert_replicas_agree(stack(jnp.arange(4).reshape(2, 2)))

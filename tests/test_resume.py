@@ -94,13 +94,17 @@ def test_goes_on_within_an_epoch(
   tiny.assert_same_run(undisturbed(layout), parts)
 
 
-def test_goes_on_within_an_evaluation(monkeypatch, tmp_path, finished):
+def test_goes_on_within_an_evaluation(monkeypatch, tmp_path, finished, capsys):
   parts = tmp_path / "parts"
   tiny.use(monkeypatch, test_hook=_signal_at(1, signal.SIGINT))
   assert train.main(tiny.arguments(parts)) == 130
   assert _steps(parts) == [6]
   assert tiny.metrics(parts) == []
+  assert "Sparsity at the start:" in capsys.readouterr().out
   assert train.main(tiny.arguments(parts, resume=True)) == 0
+  printed = capsys.readouterr().out
+  assert "--resume: goes on from step 6\n" in printed
+  assert "Sparsity at step 6:" in printed
   tiny.assert_same_run(finished, parts)
   # Nothing was trained before the first line, so it tells no speed.
   first, *rest = records.read_lines(parts / folder.METRICS)
@@ -149,11 +153,14 @@ def test_resume_of_a_finished_run_changes_nothing(
 
 
 def test_resume_without_a_checkpoint_starts_over(
-  monkeypatch, tmp_path, finished
+  monkeypatch, tmp_path, finished, capsys
 ):
   fresh = tmp_path / "fresh"
   tiny.use(monkeypatch)
   assert train.main(tiny.arguments(fresh, resume=True)) == 0
+  assert "there is no checkpoint yet, so this starts from step 0" in (
+    capsys.readouterr().out
+  )
   tiny.assert_same_run(finished, fresh)
 
 

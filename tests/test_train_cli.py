@@ -52,6 +52,7 @@ config = Config(
 with signals.StopRequest() as stop:
   summary = train.train(config, stop, "a program")
 print(summary["step"], round(summary["density"], 2))
+print(export.main(["run", "model", "--data-dir", "."]))
 print(train.main(["--epochs", "1"]))
 """
 
@@ -65,7 +66,10 @@ def test_training_needs_neither_tyro_nor_tfds(tmp_path):
     capture_output=True,
     text=True,
   )
-  assert done.stdout.splitlines()[-2:] == ["2 0.1", "2"], done.stderr
+  trained, exported, *codes = done.stdout.splitlines()[-4:]
+  assert trained == "2 0.1", done.stderr
+  assert exported.startswith("model: ")
+  assert codes == ["0", "2"]
   assert "error: tyro is missing: pip install" in done.stderr
 
 

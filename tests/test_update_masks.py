@@ -132,3 +132,68 @@ def test_a_traced_value_is_refused():
 
   with pytest.raises(TypeError, match="update_masks must be a bool"):
     step(True)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_count_that_is_set_back_resets_no_weights(wrapped):
+  """A mask update of long ago was once taken for one of this call."""
+  topology = sparseopt_jax.RigL(update_until=100, update_every=4)
+  chain = lambda topology: optax.chain(
+    sparseopt_jax.sparseopt(0.6, topology), optax.sgd(0.1, momentum=0.9)
+  )
+  wrap = sparseopt_jax.keep_params_sparse if wrapped else lambda tx: tx
+  params = _params()
+  gradients = jax.tree.map(jnp.ones_like, params)
+  opt_state = wrap(chain(topology)).init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+
+  def steps(tx, params, opt_state, number):
+    for _ in range(number):
+      updates, opt_state = jax.jit(tx.update)(gradients, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      params = sparseopt_jax.apply_masks(params, opt_state)
+      yield params, opt_state
+
+  *_, (params, opt_state) = steps(wrap(chain(topology)), params, opt_state, 8)
+  opt_state = optax.tree.set(opt_state, count=jnp.zeros([], jnp.int32))
+  static = wrap(chain(sparseopt_jax.Static()))
+  masks = sparseopt_jax.get_masks(opt_state)
+  for after, _ in steps(static, params, opt_state, 8):
+    for mask, old, new in zip(
+      *map(jax.tree.leaves, (masks, params, after)), strict=True
+    ):
+      np.testing.assert_array_equal(new != old, mask)
+      np.testing.assert_array_equal(new != 0, mask)
+    params = after
+
+
+def test_eager_and_told_on_an_explicit_mesh():
+  kind = (jax.sharding.AxisType.Explicit,)
+  mesh = jax.make_mesh((2,), ("rows",), axis_types=kind)
+  rows = jax.NamedSharding(mesh, jax.P("rows"))
+  params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+  placed = jax.device_put(params, rows)
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=TOPOLOGIES[1])
+  mine = tx.update(placed, tx.init(placed), placed, update_masks=True)
+  other = tx.update(params, tx.init(params), params, update_masks=True)
+  jax.tree.map(np.testing.assert_array_equal, mine, other)
+
+
+def test_eager_and_told_computes_no_nan():
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=TOPOLOGIES[1])
+  params = _params()
+  with jax.debug_nans(True):
+    tx.update(params, tx.init(params), params, update_masks=True)
+
+
+def test_nothing_is_dropped_beyond_the_end():
+  params = _params()
+  topology = sparseopt_jax.RigL(update_until=10, update_every=2)
+  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+  opt_state = optax.tree.set(tx.init(params), count=jnp.int32(15))
+  _, after = tx.update(params, opt_state, params, update_masks=True)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    sparseopt_jax.get_masks(opt_state),
+    sparseopt_jax.get_masks(after),
+  )

@@ -9,10 +9,10 @@ import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
+from typing import Any
 
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import compilation
-from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.benchmarks import optimizer
 from sparseopt_jax.benchmarks import scaling
 from sparseopt_jax.benchmarks import timing
@@ -40,28 +40,41 @@ def parser() -> cli.Parser:
     ("input", "images a second of the input, against the trainer's step"),
   ):
     command = commands.add_parser(name, help=text)
-    command.add_argument("--sparsity", type=float, default=0.9)
-    command.add_argument("--repeats", type=int, default=15)
     command.add_argument("--output", help="write the figures here, as JSON")
+    _add(command, "--sparsity", 0.9, "fraction of zeros")
+    if name != "memory":
+      _add(command, "--repeats", 15, "rounds of measurement")
     if name == "scaling":
       sizes = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
-      command.add_argument("--sizes", type=int, nargs="+", default=sizes)
-      command.add_argument(
-        "--topology", choices=["SET", "RigL"], default="RigL"
-      )
+      _add(command, "--sizes", sizes, "numbers of weights", type=int, nargs="+")
+      topologies = ["SET", "RigL"]
+      _add(command, "--topology", "RigL", "how masks change", topologies)
     elif name in ("training-step", "input"):
-      command.add_argument("--model", choices=models.NAMES, default="resnet20")
-      command.add_argument("--batch-size", type=int, default=128)
-      command.add_argument(
-        "--precision", choices=config_lib.PRECISIONS, default="float32"
-      )
+      _add(command, "--model", "resnet20", "the network", models.NAMES)
+      _add(command, "--batch-size", 128, "images in a step")
+      precisions = config_lib.PRECISIONS
+      _add(command, "--precision", "float32", "of the computation", precisions)
       if name == "training-step":
-        command.add_argument("--image-size", type=int, default=32)
+        _add(command, "--image-size", 32, "height and width in pixels")
     else:
-      command.add_argument(
-        "--model", choices=optimizer.TREES, default="resnet50"
-      )
+      trees = optimizer.TREES
+      _add(command, "--model", "resnet50", "whose parameters to take", trees)
   return top
+
+
+def _add(
+  command: argparse.ArgumentParser,
+  flag: str,
+  default: Any,
+  text: str,
+  choices: Sequence[str] | None = None,
+  **options: Any,
+) -> None:
+  """A flag of the default's type, whose help tells the default."""
+  options = {"type": type(default), "default": default} | options
+  command.add_argument(
+    flag, choices=choices, help=f"{text} (default: %(default)s)", **options
+  )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,11 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
   if not 0 <= args.sparsity < 1:
     raise UsageError(f"--sparsity must be in [0, 1), got {args.sparsity}")
-  for name in ("repeats", "batch_size"):
+  for name in ("repeats", "batch_size", "image_size"):
     if getattr(args, name, 1) < 1:
       raise UsageError(
         f"{config_lib.flag(name)} must be at least 1, got {getattr(args, name)}"
       )
+  if min(getattr(args, "sizes", [8_000])) < 8_000:
+    raise UsageError(f"--sizes must be at least 8000, got {min(args.sizes)}")
   if args.output and not pathlib.Path(args.output).parent.is_dir():
     raise UsageError(f"--output {args.output}: there is no such folder")
   if args.output and pathlib.Path(args.output).is_dir():
@@ -105,6 +120,8 @@ def _run(args: argparse.Namespace) -> None:
       args.precision,
     )
   elif args.command == "input":
+    from sparseopt_jax.benchmarks import input_pipeline
+
     name += f", {args.model}"
     rows = input_pipeline.run(
       args.model, args.batch_size, args.sparsity, args.repeats, args.precision

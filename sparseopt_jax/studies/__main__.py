@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import importlib
 import sys
 
+from sparseopt_jax.training import cli
 from sparseopt_jax.training import signals
 
 NAMES = (
@@ -35,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     return 2
   module = f"sparseopt_jax.studies.{name.replace('-', '_')}"
-  study = importlib.import_module(module)
   try:
-    return study.main(rest)
+    return importlib.import_module(module).main(rest)
+  except ModuleNotFoundError as error:
+    return cli.missing(error)
   except signals.Interrupted as end:
     print(f"{end}; the same command goes on from there", file=sys.stderr)
     return end.exit_code

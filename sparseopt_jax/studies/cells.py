@@ -158,15 +158,26 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
     default=pathlib.Path("runs/studies"),
     help="folder of the runs and results (default: %(default)s)",
   )
-  found.add_argument("--model", default="resnet8", help="(default: resnet8)")
   found.add_argument(
-    "--width", type=int, default=8, help="channels of the first stage [8]"
+    "--model", default="resnet8", help="the network (default: %(default)s)"
   )
   found.add_argument(
-    "--seeds", type=int, default=seeds, help="seeds 0, 1, ... [%(default)s]"
+    "--width",
+    type=int,
+    default=8,
+    help="channels of the first stage (default: %(default)s)",
   )
   found.add_argument(
-    "--jobs", type=int, default=1, help="runs to train at a time [1]"
+    "--seeds",
+    type=int,
+    default=seeds,
+    help="number of seeds: 0, 1, ... (default: %(default)s)",
+  )
+  found.add_argument(
+    "--jobs",
+    type=int,
+    default=1,
+    help="runs to train at a time (default: %(default)s)",
   )
   found.add_argument(
     "--report", action="store_true", help="train nothing; report what is there"
@@ -180,7 +191,7 @@ def add_conditions(parser: cli.Parser, default: Sequence[str]) -> None:
     "--conditions",
     nargs="+",
     default=list(default),
-    help="such as rigl-90 set-95 static-97",
+    help="such as rigl-90 set-95 static-97 (default: %(default)s)",
   )
 
 
@@ -191,18 +202,27 @@ def add_tuning(parser: cli.Parser) -> None:
     type=float,
     nargs="+",
     default=[0.05, 0.1, 0.2, 0.4],
-    help="of which the best is taken, for each arm by itself",
+    help="of which the best is taken, for each arm by itself (default: "
+    "%(default)s)",
   )
   parser.add_argument(
-    "--tuning-epochs", type=int, default=2, help="of the runs that choose [2]"
+    "--tuning-epochs",
+    type=int,
+    default=2,
+    help="of the runs that choose (default: %(default)s)",
   )
 
 
 def add_training(parser: cli.Parser) -> None:
   """The flags of a study with one budget and one learning rate."""
-  parser.add_argument("--epochs", type=int, default=4, help="of a run [4]")
   parser.add_argument(
-    "--learning-rate", type=float, default=0.1, help="of SGD, in all arms [0.1]"
+    "--epochs", type=int, default=4, help="of a run (default: %(default)s)"
+  )
+  parser.add_argument(
+    "--learning-rate",
+    type=float,
+    default=0.1,
+    help="of SGD, in all arms (default: %(default)s)",
   )
 
 

@@ -356,7 +356,11 @@ def main(arguments: Sequence[str]) -> int:
   cells.add_conditions(parser, ["rigl-90", "rigl-95", "rigl-97", "set-95"])
   cells.add_tuning(parser)
   parser.add_argument(
-    "--budgets", type=int, nargs="+", default=[2, 4], help="epochs [2 4]"
+    "--budgets",
+    type=int,
+    nargs="+",
+    default=[2, 4],
+    help="epochs (default: %(default)s)",
   )
 
   def command() -> None:

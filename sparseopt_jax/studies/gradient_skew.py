@@ -322,20 +322,29 @@ def main(arguments: Sequence[str]) -> int:
     description=(__doc__ or "").splitlines()[0],
   )
   parser.add_argument(
-    "--dataset", choices=skew.DATASETS, default="digits", help="[%(default)s]"
+    "--dataset",
+    choices=skew.DATASETS,
+    default="digits",
+    help="whose images to take (default: %(default)s)",
   )
   parser.add_argument("--data-dir", help="folder of TensorFlow Datasets")
   parser.add_argument(
     "--out",
     type=pathlib.Path,
     default=pathlib.Path("runs") / NAME,
-    help="folder [%(default)s]",
+    help="folder of the results (default: %(default)s)",
   )
   parser.add_argument(
-    "--seeds", type=int, default=10, help="networks a figure [%(default)s]"
+    "--seeds",
+    type=int,
+    default=10,
+    help="networks a figure (default: %(default)s)",
   )
   parser.add_argument(
-    "--steps", type=int, default=3000, help="training steps [%(default)s]"
+    "--steps",
+    type=int,
+    default=3000,
+    help="training steps (default: %(default)s)",
   )
 
   def command() -> None:

@@ -488,14 +488,16 @@ def main(arguments: Sequence[str]) -> int:
     "--out",
     type=pathlib.Path,
     default=pathlib.Path("runs/paper"),
-    help="folder of the results, and of the commands' runs [%(default)s]",
+    help="folder of the results, and of the commands' runs (default: "
+    "%(default)s)",
   )
   parser.add_argument(
     "--runs",
     type=pathlib.Path,
     nargs="+",
     default=[],
-    help="where finished runs lie, or such runs [--out]",
+    help="folders of finished runs, or folders that hold them (default: "
+    "that of --out)",
   )
 
   def command() -> None:

@@ -16,6 +16,18 @@ from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.errors import UsageError
 
 T = TypeVar("T")
+_EXTRAS = {
+  "flax": "train",
+  "matplotlib": "train",
+  "orbax": "train",
+  "safetensors": "train",
+  "sklearn": "train",
+  "tqdm": "train",
+  "tyro": "train",
+  "array_record": "tfds",
+  "grain": "tfds",
+  "PIL": "tfds",
+}
 _NO_FRAME = str.maketrans("│╭╮╰╯", "     ")
 
 
@@ -43,12 +55,8 @@ def parse(
   Raises:
     UsageError: What tyro says about a bad command line, on one line.
   """
-  try:
-    import tyro
-  except ImportError:
-    raise UsageError(
-      "tyro is missing: pip install 'sparseopt-jax[train]'"
-    ) from None
+  import tyro
+
   box = io.StringIO()
   try:
     with contextlib.redirect_stderr(box):
@@ -84,7 +92,22 @@ def run(main: Callable[[], None]) -> int:
     return _fail(error, 2)
   except RunError as error:
     return _fail(error, 1)
+  except ModuleNotFoundError as error:
+    return missing(error)
   return 0
+
+
+def missing(error: ModuleNotFoundError) -> int:
+  """Says which extra to install; raises the error if there is none."""
+  package = (error.name or "").partition(".")[0]
+  if package not in _EXTRAS:
+    raise error
+  return _fail(
+    UsageError(
+      f"{package} is missing: pip install 'sparseopt-jax[{_EXTRAS[package]}]'"
+    ),
+    2,
+  )
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ class Config:
   workdir: str | None = None
   """Folder of the run's files [runs/<what is trained>-<time>]."""
   resume: bool = False
-  """Go on from the newest sound checkpoint in --workdir."""
+  """Go on from the newest intact checkpoint in --workdir, if there is one."""
   keep_checkpoints: int = 3
   """How many of the newest checkpoints to keep, beside the best."""
   tensorboard: bool = False

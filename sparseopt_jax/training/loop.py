@@ -104,11 +104,12 @@ class Run:
     )
     with contextlib.closing(self._checkpoints):
       state = self._begin(create)
-      self._show_table("start", state)
+      step = int(state.step)
+      self._show_table(f"step {step}" if step else "the start", state)
       with contextlib.closing(self._log):
         state = self._run_steps(state)
       self._checkpoints.wait()
-    self._show_table("end", state)
+    self._show_table("the end", state)
     return state
 
   def _begin(self, create: Callable[[], TrainState]) -> TrainState:
@@ -116,6 +117,11 @@ class Run:
     if self._config.resume:
       target = self._layout.target(jax.eval_shape(create))
       restored = self._checkpoints.restore(target)
+      telling.say(
+        "--resume: there is no checkpoint yet, so this starts from step 0"
+        if restored is None
+        else f"--resume: goes on from step {int(restored.step)}"
+      )
     state = self._layout.put(restored or compiling.quick_jit(create)())
     # A checkpoint that a signal forced during an evaluation comes before that
     # evaluation's line.
@@ -211,7 +217,7 @@ class Run:
   def _show_table(self, when: str, state: TrainState) -> None:
     if has_masks(state.opt_state):
       table = sparseopt_jax.sparsity_table(state.opt_state)
-      telling.say(f"Sparsity at the {when}:\n{table}")
+      telling.say(f"Sparsity at {when}:\n{table}")
 
   def _summarise(self, state: TrainState, command: str) -> dict[str, Any]:
     last = {k: v for k, v in self._log.lines[-1].items() if k != "layers"}

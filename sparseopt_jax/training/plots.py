@@ -53,6 +53,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> bytes:
     _skew(axes[1, 1], epochs, lines)
     for axis in axes[1]:
       axis.set_xlabel("epoch")
+      axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return png(figure)
 
 
@@ -90,7 +91,7 @@ def _exploration(
     label="active at some time (ITOP rate)",
   )
   axis.set_ylim(0, 1.4 * np.nanmax(series(lines, "itop_rate")))
-  axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+  axis.yaxis.set_major_formatter(PercentFormatter(1.0))
   axis.legend(loc="upper left")
 
 
@@ -100,7 +101,7 @@ def _skew(axis: Axes, epochs: list[float], lines: Sequence[dict]) -> None:
     epochs, series(lines, "skew_angle"), color=_TEST, label="skew angle"
   )
   axis.set_ylabel("degrees")
-  axis.set_ylim(bottom=0)
+  axis.set_ylim(0, 1.1 * np.nanmax([1.0, *series(lines, "skew_angle")]))
   right = axis.twinx()
   right.plot(
     epochs,
@@ -141,6 +142,7 @@ def comparison(
       )
     left.set_title("Test accuracy: mean, and range over seeds")
     left.set_xlabel("epoch")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(loc="lower right")
     right.set_title("At the end, each seed")
     right.set_xticks([])
