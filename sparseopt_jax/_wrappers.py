@@ -16,13 +16,20 @@ def _is_state(node: Any) -> bool:
   return isinstance(node, SparseOptState)
 
 
-def find_state(opt_state: optax.OptState) -> SparseOptState:
-  """The one SparseOptState anywhere in an optimiser state."""
+def find_state(
+  opt_state: optax.OptState, holder: str = "opt_state"
+) -> SparseOptState:
+  """The one SparseOptState anywhere in an optimiser state.
+
+  Args:
+    opt_state: The state.
+    holder: The argument to name if there is not one.
+  """
   nodes = jax.tree.leaves(opt_state, is_leaf=_is_state)
   found = [node for node in nodes if _is_state(node)]
   if len(found) != 1:
     raise ValueError(
-      "opt_state must hold exactly one SparseOptState; got "
+      f"{holder} must hold exactly one SparseOptState; got "
       f"{len(found)} in a {type(opt_state).__name__}."
     )
   return found[0]
@@ -289,7 +296,7 @@ def keep_params_sparse(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> optax.OptState:
-    state = find_state(inner.init(params))
+    state = find_state(inner.init(params), "inner")
     # The masks do not depend on values; the first are kept, the second unused.
     opt_state = inner.init(apply_masks(params, state))
     _check_slots(inner, opt_state, params)
