@@ -4,6 +4,7 @@ import itertools
 import json
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 
@@ -15,10 +16,13 @@ from sparseopt_jax.benchmarks import timing
 
 @pytest.fixture
 def no_cache():
+  # JAX looks at the folder once, at its first compilation.
   folder = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.reset_cache()
   yield
   jax.config.update("jax_compilation_cache_dir", folder)
+  compilation_cache.reset_cache()
 
 
 def _run(arguments, tmp_path, capsys):

@@ -336,10 +336,14 @@ def test_multi_steps_skips_what_is_not_finite():
 
 
 def test_exactly_one_link():
-  with pytest.raises(ValueError, match="inner must hold exactly one .*; got 0"):
+  with pytest.raises(
+    ValueError, match=r"inner must hold exactly one .*; got 0"
+  ):
     keep(optax.sgd(0.1)).init(_tree(0))
   two = optax.chain(sparseopt_jax.sparseopt(0.5), sparseopt_jax.sparseopt(0.5))
-  with pytest.raises(ValueError, match="inner must hold exactly one .*; got 2"):
+  with pytest.raises(
+    ValueError, match=r"inner must hold exactly one .*; got 2"
+  ):
     keep(two).init(_tree(0))
 
 
