@@ -216,8 +216,8 @@ class _Walk:
     operands = _with_carried_data(equation, inner, operands)
     results = self.run(inner, operands, repeats * equation.params["length"])
     # What is carried goes into the next round as well; it counts as used.
-    carried = results[: equation.params["num_carry"]]
-    self.use(carried, NONE)
+    _, number = _carry(equation, inner)
+    self.use(results[:number], NONE)
     return results
 
 
@@ -225,7 +225,7 @@ def _with_carried_data(
   equation: core.JaxprEqn, inner: core.Jaxpr, operands: Sequence[_Value]
 ) -> list[_Value]:
   """The operands of a scan; what starts as a constant may carry data later."""
-  first, number = equation.params["num_consts"], equation.params["num_carry"]
+  first, number = _carry(equation, inner)
   found = [_Value(v.is_data, kernels=v.kernels) for v in operands]
   for _ in range(number):  # Each round finds another one, or no more come.
     results = _Walk().run(inner, found, 1)
@@ -236,6 +236,21 @@ def _with_carried_data(
     old if old.is_data == new.is_data else new
     for old, new in zip(operands, found, strict=True)
   ]
+
+
+def _carry(equation: core.JaxprEqn, inner: core.Jaxpr) -> tuple[int, int]:
+  """Where a scan's carry begins among its operands, and how long it is.
+
+  By shapes, since the parameters that tell it differ between versions of JAX:
+  what is not carried on has one axis more outside of the loop.
+  """
+  carried = _num_alike(equation.outvars, inner.outvars)
+  return _num_alike(equation.invars, inner.invars) - carried, carried
+
+
+def _num_alike(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+  pairs = zip(outside, inside, strict=True)
+  return sum(_shape(a) == _shape(b) for a, b in pairs)
 
 
 def _inner(equation: core.JaxprEqn) -> core.Jaxpr | None:
