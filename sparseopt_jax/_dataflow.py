@@ -227,11 +227,13 @@ def _with_carried_data(
   """The operands of a scan; what starts as a constant may carry data later."""
   first, number = _carry(equation, inner)
   found = [_Value(v.is_data, kernels=v.kernels) for v in operands]
-  for _ in range(number):  # Each round finds another one, or no more come.
+  is_more = True
+  while is_more:
     results = _Walk().run(inner, found, 1)
+    is_more = False
     for place, result in enumerate(results[:number], first):
-      if result.is_data:
-        found[place] = _Value(True)
+      if result.is_data and not found[place].is_data:
+        found[place], is_more = _Value(True), True
   return [
     old if old.is_data == new.is_data else new
     for old, new in zip(operands, found, strict=True)

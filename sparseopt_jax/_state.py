@@ -103,6 +103,7 @@ def once(
   the predicate is known while tracing.
   """
   if isinstance(predicate, bool):
+    # Compiled as the loop below would be, in a call that is not jitted too.
     return jax.jit(body)(operand) if predicate else operand
   return lax.while_loop(
     lambda carry: carry[0],

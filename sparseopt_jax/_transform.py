@@ -97,7 +97,7 @@ def _growth_scores(
   return scores
 
 
-# Compiled once for each shape and not for each layer.
+# Traced once for each shape and not for each layer.
 @functools.partial(jax.jit, static_argnames="axes")
 def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
   """The fan-in of each neuron and the factor of its gradient.

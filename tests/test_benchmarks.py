@@ -10,6 +10,7 @@ import pytest
 
 from sparseopt_jax import data
 from sparseopt_jax.benchmarks import __main__ as command
+from sparseopt_jax.benchmarks import compilation
 from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.benchmarks import timing
 
@@ -55,12 +56,20 @@ def test_first_call(tmp_path, capsys, no_cache):
   arguments = ["compile", "--model", "resnet8", "--repeats", "1"]
   rows = _run(arguments, tmp_path, capsys)
   assert rows["RigL"]["ratio"] > rows["static"]["ratio"] > 0.5
-  for row in rows.values():
-    product = row["kernels"] * row["milliseconds_a_kernel"]
-    assert product == pytest.approx(row["milliseconds"])
-  assert rows["plain"]["kernels"] < rows["static"]["kernels"] + 5
-  assert rows["RigL"]["kernels"] > rows["SET"]["kernels"] > 50
+  plain, static = rows["plain"]["kernels"], rows["static"]["kernels"]
+  assert plain <= static < plain + 5
+  assert rows["RigL"]["kernels"] > rows["SET"]["kernels"] > static
   assert rows["RigL, told"]["kernels"] == rows["static"]["kernels"]
+
+
+def test_kernels_are_counted(no_cache):
+  """XLA on a CPU makes a kernel for each result of its own shape."""
+
+  def program(a, b):
+    return a + 1, b * 2, b.sum()
+
+  lowered = jax.jit(program).lower(np.ones(3), np.ones((5, 7)))
+  assert compilation.count_kernels(lowered) == 3
 
 
 def test_first_call_refuses_a_cache(capsys):

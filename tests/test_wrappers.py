@@ -292,16 +292,19 @@ def test_accumulated_scores_are_wide_enough():
   assert not jax.tree.leaves(plain.gradient_mean)
 
 
-def test_multi_steps_outside_is_a_larger_batch():
+@pytest.mark.parametrize("place", ["outside", "inside"])
+def test_multi_steps_is_a_larger_batch(place):
   k = 4
-  inner = keep(
-    optax.chain(
-      sparseopt_jax.sparseopt(0.5, RIGL),
-      optax.add_decayed_weights(1e-2),
-      optax.sgd(0.1, momentum=0.9),
-    )
+  chain = optax.chain(
+    sparseopt_jax.sparseopt(0.5, RIGL),
+    optax.add_decayed_weights(1e-2),
+    optax.sgd(0.1, momentum=0.9),
   )
-  tx = optax.MultiSteps(inner, k)
+  inner = keep(chain)
+  if place == "outside":
+    tx = optax.MultiSteps(inner, k)
+  else:
+    tx = keep(optax.MultiSteps(chain, k).gradient_transformation())
   params, opt_state = _start(tx)
   large, large_state = _start(inner)
   step, large_step = _stepper(tx), _stepper(inner)

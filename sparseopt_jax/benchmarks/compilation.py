@@ -68,7 +68,7 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
     rows[name]["init_milliseconds"] = 1e3 * float(np.median(column[2]))
   for name, tx in _optimizers(sparsity).items():
     _, lowered = _abstract_step(tx, params, gradients)
-    kernels = _count_kernels(lowered)
+    kernels = count_kernels(lowered)
     if kernels:
       each = rows[name]["milliseconds"] / kernels
       rows[name] |= {"kernels": kernels, "milliseconds_a_kernel": each}
@@ -84,7 +84,7 @@ def _abstract_step(
   return state, optimizer.lowered_step(tx, state, gradients)
 
 
-def _count_kernels(lowered: Any) -> int:
+def count_kernels(lowered: Any) -> int:
   """How many kernels XLA compiles; 0 where its profile does not tell."""
   options = jax.profiler.ProfileOptions()
   options.host_tracer_level = 3
