@@ -4,6 +4,7 @@ from typing import Any
 
 import optax
 
+from sparseopt_jax import _correction
 from sparseopt_jax import _distributions
 from sparseopt_jax import _leaves
 from sparseopt_jax import _topology
@@ -98,6 +99,8 @@ def sparseopt_sgd(
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in
     Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
   """
+  if not _correction.is_scalar(weight_decay):
+    raise TypeError(f"weight_decay must be a number; got {weight_decay!r}.")
   links = [
     _transform.sparseopt(
       sparsity,

@@ -36,17 +36,18 @@ def linear_index(shape: Shape) -> jax.Array:
 def counts(
   conditions: Sequence[jax.Array], axes: Sequence[int]
 ) -> list[jax.Array]:
-  """How often each of some bool arrays of one shape is true, over ``axes``.
+  """How often each of some bool arrays of one shape is true, over ``axes``."""
+  return sums([c.astype(jnp.int32) for c in conditions], axes)
 
-  One variadic reduction reads its operands once for all conditions. XLA on a
-  CPU turns a sum of one array, which is what remains if only one count is used,
-  into a tree of sums, with four bytes of memory for each element; over the last
-  axis that takes several times longer too.
+
+def sums(values: Sequence[jax.Array], axes: Sequence[int]) -> list[jax.Array]:
+  """The sum of each of some int32 arrays of one shape, over ``axes``.
+
+  One variadic reduction reads its operands once for all sums. XLA on a CPU
+  turns a sum of one array, which is what remains if only one sum is used, into
+  a tree of sums, with four bytes of memory for each element; over the last axis
+  that takes several times longer too.
   """
-  return _sums([c.astype(jnp.int32) for c in conditions], axes)
-
-
-def _sums(values: Sequence[jax.Array], axes: Sequence[int]) -> list[jax.Array]:
   return lax.reduce(tuple(values), (np.int32(0),) * len(values), _add, axes)
 
 
@@ -80,20 +81,20 @@ class Block:
 
   def take(self, per_layer: jax.Array) -> jax.Array:
     """What each of these layers has, out of all; along the first axis."""
-    taken = per_layer[self.layers]
+    taken = _look_up(per_layer, self.layers)
     real = jnp.expand_dims(self.sizes > 0, range(1, taken.ndim))
     return jnp.where(real, taken, 0)
 
   def spread(self, per_slot: jax.Array) -> jax.Array:
     """A value of each layer, shaped to broadcast against the array."""
-    return self._along_rows(per_slot[self.slots_of_rows])
+    return self._along_rows(_look_up(per_slot, self.slots_of_rows))
 
   def count(self, conditions: Sequence[jax.Array]) -> list[jax.Array]:
     """`counts` in each layer; of shape (slots,)."""
     slots = jnp.arange(self.sizes.size, dtype=jnp.int32)[:, None]
     mine = slots == self.slots_of_rows[None]
     per_row = counts(conditions, range(1, len(self.shape)))
-    return _sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
+    return sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
 
   def position(self) -> jax.Array:
     """The row-major position of each element in its layer; uint32."""
@@ -107,6 +108,13 @@ class Block:
 
   def _along_rows(self, per_row: jax.Array) -> jax.Array:
     return jnp.expand_dims(per_row, range(1, len(self.shape)))
+
+
+def _look_up(table: jax.Array, index: jax.Array) -> jax.Array:
+  """Entries of a table; without programs for indices that do not occur."""
+  return table.at[index].get(
+    mode="promise_in_bounds", wrap_negative_indices=False
+  )
 
 
 # A value for each element of each layer, and one for padding.
@@ -129,6 +137,9 @@ def block_by_block(
   Returns:
     What it gives for each layer.
   """
+  columns = tuple(
+    ([jnp.asarray(layer) for layer in layers], fill) for layers, fill in columns
+  )
   found: dict[int, jax.Array] = {}
   for i in [i for i, s in enumerate(shapes) if math.prod(s) > _LARGE]:
     arrays = [jnp.expand_dims(layers[i], 0) for layers, _ in columns]
@@ -163,7 +174,7 @@ def _in_groups(
   dtypes = [_common_dtype([layers[i] for i in small]) for layers, _ in columns]
   packers, tables = [], []
   for group, of_group in zip(groups, heights, strict=True):
-    pieces = [_pieces(group, of_group, column) for column in columns]
+    pieces = [_pieces(group, rows, column) for column in columns]
     packers.append(functools.partial(_pack, pieces, dtypes))
     tables.append(_table(group, of_group, shapes, slots))
 
@@ -175,7 +186,7 @@ def _in_groups(
   numbers = np.arange(len(groups), dtype=np.int32)
   fields = [np.stack(field) for field in zip(*tables, strict=True)]
   packed = lax.map(one, (numbers, *fields))
-  return _unpack(packed.reshape(len(groups), -1), groups, heights, shapes)
+  return _unpack(packed.reshape(-1, _ROW), groups, rows, shapes)
 
 
 def _common_dtype(layers: Sequence[jax.Array]) -> np.dtype:
@@ -218,10 +229,8 @@ def _table(
   return layers, sizes, padding, slots_of_rows, np.concatenate(starts)
 
 
-def _pieces(
-  group: Sequence[int], heights: Sequence[int], column: Column
-) -> list[jax.Array]:
-  """The layers of a group, and their padding, as arrays of whole rows.
+def _pieces(group: Sequence[int], rows: int, column: Column) -> list[jax.Array]:
+  """The layers of a group, and their padding, as arrays of ``rows`` in all.
 
   Made before the loop over the groups. What the loop finds ready it copies
   without a program of its own; a reshape in front of the copy would have to be
@@ -229,14 +238,15 @@ def _pieces(
   """
   layers, fill = column
   pieces = []
-  for i, height in zip(group, heights, strict=True):
-    # Whole rows need no copy of their own.
+  for i in group:
     flat = layers[i].reshape(-1)
-    whole = flat.size // _ROW * _ROW
-    rest = (0, height * _ROW - flat.size)
-    tail = jnp.pad(flat[whole:], rest, constant_values=fill)
-    pieces += [flat[:whole].reshape(-1, _ROW), tail.reshape(-1, _ROW)]
-  return [piece for piece in pieces if piece.size]
+    padding = (0, _height(layers[i].shape) * _ROW - flat.size)
+    padded = jnp.pad(flat, padding, constant_values=fill)
+    pieces.append(padded.reshape(-1, _ROW))
+  rest = rows - sum(map(len, pieces))
+  if rest:
+    pieces.append(jnp.full((rest, _ROW), fill, pieces[-1].dtype))
+  return pieces
 
 
 def _pack(
@@ -252,27 +262,26 @@ def _pack(
 def _unpack(
   packed: jax.Array,
   groups: Sequence[Sequence[int]],
-  heights: Sequence[Sequence[int]],
+  rows: int,
   shapes: Sequence[Shape],
 ) -> dict[int, jax.Array]:
-  """The layers in their own shapes, out of the rows of all groups."""
+  """The layers in their own shapes, out of groups of so many rows."""
   assert packed.dtype in (jnp.bool_, jnp.uint8)
-  known = {
-    i: (np.int32(number), np.int32(start * _ROW))
-    for number, group in enumerate(groups)
-    for i, start in zip(
-      group, np.cumsum([0, *heights[number][:-1]]), strict=True
-    )
-  }
+  known: dict[int, np.int32] = {}
+  for number, group in enumerate(groups):
+    heights = [_height(shapes[i]) for i in group]
+    starts = np.cumsum([number * rows, *heights[:-1]], dtype=np.int32)
+    known |= dict(zip(group, starts, strict=True))
   # No value is negative, so these are the starts as they are. But the compiler
   # does not know them, and then needs one program for all layers of a shape.
   starts = lax.cond(
     packed[0, 0].astype(jnp.int32) >= 0,
     lambda: known,
-    lambda: dict.fromkeys(known, (np.int32(0), np.int32(0))),
+    lambda: dict.fromkeys(known, np.int32(0)),
   )
   found = {}
   for i, start in starts.items():
-    flat = lax.dynamic_slice(packed, start, (1, math.prod(shapes[i])))
+    mine = lax.dynamic_slice_in_dim(packed, start, _height(shapes[i]))
+    flat = mine.reshape(-1)[: math.prod(shapes[i])]
     found[i] = flat.reshape(shapes[i])
   return found

@@ -16,7 +16,6 @@ of neurons :math:`n_{out}` and the layer's active weights
 with length 1 on every axis that is not a neuron axis, so that they broadcast.
 """
 
-from collections.abc import Sequence
 import math
 import numbers
 from typing import Any
@@ -33,6 +32,16 @@ def is_int(value: Any) -> bool:
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def is_scalar(value: Any) -> bool:
+  """Whether it is a real number, in an array or not, and not a bool."""
+  if isinstance(value, jax.Array | np.ndarray):
+    kinds = (jnp.floating, jnp.integer)
+    return value.shape == () and any(
+      jnp.issubdtype(value.dtype, kind) for kind in kinds
+    )
+  return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_axes(output_axis: Axes) -> tuple[int, ...]:
   """The neuron axes as a tuple."""
   named = output_axis if isinstance(output_axis, tuple) else (output_axis,)
@@ -43,30 +52,32 @@ def check_axes(output_axis: Axes) -> tuple[int, ...]:
   return named
 
 
-def input_axes(ndim: int, output_axis: Axes) -> tuple[int, ...]:
+def input_axes(
+  ndim: int, output_axis: Axes, path: str | None = None
+) -> tuple[int, ...]:
   """The axes that ``output_axis`` does not name, in ascending order."""
   named = check_axes(output_axis)
+  where = "" if path is None else f" for {path!r}"
   if not all(-ndim <= axis < ndim for axis in named):
     raise ValueError(
       f"output_axis must name axes of an array with {ndim} of them; got "
-      f"{output_axis!r}."
+      f"{output_axis!r}{where}."
     )
   outputs = {axis % ndim for axis in named}
   if len(outputs) < len(named):
     raise ValueError(
-      f"output_axis must name each axis once; got {output_axis!r} for an "
-      f"array with {ndim} axes."
+      f"output_axis must name each axis once of an array with {ndim} of them; "
+      f"got {output_axis!r}{where}."
     )
   return tuple(axis for axis in range(ndim) if axis not in outputs)
 
 
-def scale_from_fan_in(fan_in: jax.Array, axes: Sequence[int]) -> jax.Array:
-  """sqrt(f_i n_out / nnz) in float32, over neurons that lie along ``axes``.
+def scale_from_fan_in(fan_in: jax.Array, nnz: jax.Array) -> jax.Array:
+  """sqrt(f_i n_out / nnz) in float32, with ``nnz`` the sum of all fan-ins.
 
   Counts stay integers until the last step: equal fan-ins give exactly 1.
   """
-  nnz = jnp.sum(fan_in, axis=axes, keepdims=True, dtype=fan_in.dtype)
-  share = fan_in * math.prod(fan_in.shape[axis] for axis in axes)
+  share = fan_in * fan_in.size
   ratio = share.astype(jnp.float32) / jnp.maximum(nnz, 1).astype(jnp.float32)
   # Division is not correctly rounded on every accelerator.
   return jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
@@ -160,7 +171,8 @@ def correct(
     the mask.
 
   Raises:
-    TypeError: If the mask is not of bools, or the axis not an int.
+    TypeError: If the gradient is not of floats, the mask not of bools, or the
+      axis not an int.
     ValueError: If shapes differ, the mask has no such axis, or an axis is named
       twice.
 
@@ -178,11 +190,16 @@ def correct(
     Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
   """
   gradient, mask = jnp.asarray(gradient), _check_mask(mask)
+  if not jnp.issubdtype(gradient.dtype, jnp.floating):
+    raise TypeError(
+      f"gradient must be an array of floats; got dtype {gradient.dtype}."
+    )
   if gradient.shape != mask.shape:
     raise ValueError(
       f"mask must have the gradient's shape {gradient.shape}; got {mask.shape}."
     )
   axes = input_axes(mask.ndim, output_axis)
   fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-  scaled = rescale(gradient, scale_from_fan_in(fan_in, range(mask.ndim)))
+  scale = scale_from_fan_in(fan_in, jnp.sum(fan_in, dtype=fan_in.dtype))
+  scaled = rescale(gradient, scale)
   return jnp.where(mask, scaled, jnp.zeros_like(scaled))

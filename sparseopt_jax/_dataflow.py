@@ -198,7 +198,10 @@ class _Walk:
     if name == "name" and equation.params["name"].startswith(_MARK):
       self.use(data, equation.params["name"].removeprefix(_MARK))
       return [_Value(True)]
-    if name in _MOVES or (name in _AFFINE and len(data) == 1):
+    affine = name in _AFFINE and len(data) == 1
+    if name == "div" and not operands[0].is_data:
+      affine = False  # The reciprocal of the data.
+    if name in _MOVES or affine:
       outputs = frozenset().union(*(operand.outputs for operand in data))
       return [_Value(True, outputs=outputs)] * number
     self.use(data, NONE)

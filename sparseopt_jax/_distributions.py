@@ -23,7 +23,7 @@ def check_sparsity(sparsity: float) -> None:
 def _check(shapes: Shapes, sparsity: float) -> None:
   check_sparsity(sparsity)
   for path, shape in shapes.items():
-    if math.prod(shape) == 0:
+    if not all(size >= 1 for size in shape):
       raise ValueError(f"shapes[{path!r}] has no elements; got {shape!r}.")
 
 
@@ -124,6 +124,11 @@ def active_counts(
       f"unknown: {odd}."
     )
   for path, density in densities.items():
+    is_array = getattr(density, "shape", None) == ()
+    if not (is_array or isinstance(density, numbers.Real)):
+      raise TypeError(
+        f"distribution must return numbers; got {density!r} for {path!r}."
+      )
     if not 0.0 <= density <= 1.0:
       raise ValueError(
         f"distribution must return densities in [0, 1]; got {density!r} for "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from sparseopt_jax import _correction
+from sparseopt_jax import _wrappers
 
 # The exponent of a step lies between these.
 _MAX_EXPONENT = 5.0
@@ -32,10 +33,12 @@ def _hyperbolic_step(
   wide = _correction.wide_dtype(update.dtype)
   stepped = param.astype(wide) + update.astype(wide)
   growth = alpha * jnp.sign(stepped) * gradient.astype(wide) + beta
-  exponent = jnp.clip(-rate * growth, -_MAX_EXPONENT, _MAX_EXPONENT)
-  # w exp(x) - w = w expm1(x) keeps digits, and leaves a weight at 0 alone.
-  step = update.astype(wide) + stepped * jnp.expm1(exponent)
-  return step.astype(update.dtype)
+  exponent = -jnp.asarray(rate, wide) * growth
+  exponent = jnp.clip(exponent, -_MAX_EXPONENT, _MAX_EXPONENT)
+  # w exp(x) - w = w expm1(x) keeps digits. A weight at 0 stays there, also at a
+  # gradient that is not finite.
+  step = jnp.where(stepped == 0, 0, stepped * jnp.expm1(exponent))
+  return (update.astype(wide) + step).astype(update.dtype)
 
 
 def ham(
@@ -72,6 +75,7 @@ def ham(
     :class:`sparseopt_jax.HamState`. Its ``update`` needs ``params``.
 
   Raises:
+    TypeError: If an argument has the wrong type.
     ValueError: In ``update``, if ``params`` are missing.
 
   Examples:
@@ -97,6 +101,14 @@ def ham(
     Jacobs et al., `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
     <https://arxiv.org/abs/2506.02630>`_, 2026
   """
+  _wrappers.check_transformation("inner", inner)
+  for name, value in (("alpha", alpha), ("beta", beta)):
+    if not _correction.is_scalar(value):
+      raise TypeError(f"{name} must be a number; got {value!r}.")
+  if not callable(learning_rate) and not _correction.is_scalar(learning_rate):
+    raise TypeError(
+      f"learning_rate must be a number or a schedule; got {learning_rate!r}."
+    )
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> HamState:

@@ -111,24 +111,26 @@ def _search(
   def narrow(interval: _Interval) -> _Interval:
     low, high, reach_low, reach_high = interval
     step = jnp.maximum((high - low) >> 2, 1)
-    tried = [low + step, low + 2 * step, low + 3 * step]
-    key = keys()
-    counts = block.count([key >= block.spread(t) for t in tried])
-    for threshold, reached in zip(tried, counts, strict=True):
+    quarters = 1 + lax.broadcasted_iota(low.dtype, (n.size, 3), 1)
+    tried = low[:, None] + step[:, None] * quarters
+    key, of_rows = keys(), block.spread(tried)
+    counts = block.count([key >= of_rows[..., i] for i in range(3)])
+    pairs = [(tried[:, i], counts[i]) for i in range(3)]
+    for threshold, reached in pairs:
       low = jnp.where(reached >= n, threshold, low)
       reach_low = jnp.where(reached >= n, reached, reach_low)
-    for threshold, reached in zip(tried[::-1], counts[::-1], strict=True):
+    for threshold, reached in reversed(pairs):
       nearer = (reached < n) & (threshold < high)
       high = jnp.where(nearer, threshold, high)
       reach_high = jnp.where(nearer, reached, reach_high)
     return _Interval(low, high, reach_low, reach_high)
 
-  # All keys reach 0. That n = 0 keys reach some bound is true of any; the upper
-  # one, which none reaches, ends the search at once.
+  # All keys reach 0, and none is above the limit: where n is 0, low may have to
+  # go as far as limit + 1.
   start = _Interval(
-    low=jnp.where(n == 0, limit + 1, jnp.zeros_like(limit)),
-    high=jnp.full(n.shape, limit + 1),
-    reach_low=jnp.where(n == 0, 0, block.sizes),
+    low=jnp.zeros(n.shape, limit.dtype),
+    high=jnp.full(n.shape, limit + 2),
+    reach_low=block.sizes,
     reach_high=jnp.zeros(n.shape, jnp.int32),
   )
   return lax.while_loop(is_open, narrow, start)
@@ -221,7 +223,8 @@ def at_random(
   Returns:
     Bools, exactly ``n`` of a layer true.
   """
-  state = (block.spread(words[:, 0]), block.spread(words[:, 1]))
+  of_rows = block.spread(words)
+  state = (of_rows[..., 0], of_rows[..., 1])
   order = random_order(state, block.position()) + 1
   key = jnp.where(eligible, order, 0)
   # No two keys are equal, so the search ends with exactly n above low.

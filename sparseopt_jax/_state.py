@@ -40,7 +40,7 @@ class SparseOptState(NamedTuple):
   )  # leaf shape, dtype=jnp.uint8; ACTIVE | EXPLORED | CHANGED
   fan_in: optax.Params  # per neuron, dtype=jnp.int32
   correction: optax.Params  # per neuron, dtype=jnp.float32; factors
-  gradient_mean: optax.Params  # leaf shape; RigL with accumulate > 1
+  gradient_sum: optax.Params  # leaf shape; RigL with accumulate > 1
 
 
 class SettledState(SparseOptState):

@@ -80,7 +80,12 @@ class _Dynamic:
   def fraction(self, count: jax.Array) -> jax.Array:
     """The fraction of active weights to drop; float32 in [0, 1]."""
     if callable(self.drop_fraction):
-      fraction = jnp.asarray(self.drop_fraction(count), jnp.float32)
+      given = self.drop_fraction(count)
+      if not _correction.is_scalar(given):
+        raise TypeError(
+          f"drop_fraction must be a schedule of a scalar; got {given!r}."
+        )
+      fraction = jnp.asarray(given, jnp.float32)
     else:
       # Not beyond T, where the cosine rises again.
       count = jnp.minimum(count, self.update_until)

@@ -41,11 +41,14 @@ def _is_key(array: jax.Array | np.ndarray) -> bool:
 
 def _key_data(seed: Any) -> jax.Array:
   """Two uint32 from an int or a key of any implementation."""
-  if isinstance(seed, jax.Array | np.ndarray):
-    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-      return jax.random.bits(seed, (2,), jnp.uint32)
-    if seed.shape == (2,):
-      return jnp.array(seed)  # A copy: the state may be donated.
+  if _correction.is_int(seed):
+    # JAX takes 32 or 64 bits of it, as jax_enable_x64 says.
+    low = (1 << 32) - 1
+    return jnp.array([(seed >> 32) & low, seed & low], jnp.uint32)
+  if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    return jax.random.bits(seed, (2,), jnp.uint32)
+  if seed.shape == (2,):
+    return jnp.array(seed)  # A copy: the state may be donated.
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
@@ -66,6 +69,9 @@ def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
   small: dict[Any, list[jax.Array]] = {}
   arrays = []
   for gradient in gradients:
+    if getattr(gradient, "dtype", None) == jax.dtypes.float0:
+      continue  # Of integers.
+    gradient = jnp.asarray(gradient)
     if gradient.size > 1 << 16:
       arrays.append(gradient)
     else:
@@ -79,7 +85,7 @@ def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
 def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
   if _leaves.is_masked_node(scale):
     return gradient
-  return _correction.rescale(gradient, scale)
+  return _correction.rescale(jnp.asarray(gradient), scale)
 
 
 def _growth_scores(
@@ -89,7 +95,7 @@ def _growth_scores(
 ) -> list[jax.Array] | None:
   if isinstance(topology, _topology.SET):
     return None
-  source = state.gradient_mean if topology.accumulate > 1 else gradients
+  source = state.gradient_sum if topology.accumulate > 1 else gradients
   scores = _state.sparse_only(state.status, source)
   if topology.grow_from == "corrected":
     scales = _state.sparse_only(state.status, state.correction)
@@ -106,10 +112,12 @@ def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
     mask: Bools.
     axes: The input axes.
   """
-  active, inactive = _blocks.counts([mask, ~mask], axes)
-  # Were active all that is used, counting would be slow.
-  fan_in = active + jnp.minimum(inactive, 0)
-  scale = _correction.scale_from_fan_in(fan_in, range(fan_in.ndim))
+  fan_in, rest = _blocks.counts([mask, ~mask], axes)
+  nnz, all_rest = _blocks.sums([fan_in, rest], range(fan_in.ndim))
+  # This adds 0. Were the active weights all that is used, counting them would
+  # be slow.
+  nnz += jnp.minimum(all_rest, 0)
+  scale = _correction.scale_from_fan_in(fan_in, nnz)
   return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
 
 
@@ -162,7 +170,7 @@ def _update_masks(
   params: Any,
 ) -> SparseOptState:
   """Drops and grows in every sparse layer, if all gradients are finite."""
-  finite = _all_finite(jax.tree.leaves((gradients, state.gradient_mean)))
+  finite = _all_finite(jax.tree.leaves((gradients, state.gradient_sum)))
   status = _state.sparse_only(state.status, state.status)
   weights = _state.sparse_only(state.status, params)
   scores = _growth_scores(topology, state, gradients)
@@ -220,18 +228,25 @@ def _update_neurons(state: SparseOptState) -> SparseOptState:
 def _accumulate(
   topology: _topology.RigL, state: SparseOptState, gradients: Any
 ) -> SparseOptState:
-  """Adds the gradient to the mean that the next mask update grows from."""
+  """Adds the gradient to the sum that the next mask update grows from.
+
+  The mean has the same order, but for what its rounding would add.
+  """
   opens = topology.opens_window(state.count)
-  mean = [
-    jnp.where(opens, 0, m) + g.astype(m.dtype) / topology.accumulate
-    for m, g in zip(
-      _state.sparse_only(state.status, state.gradient_mean),
-      _state.sparse_only(state.status, gradients),
-      strict=True,
+  old = _state.sparse_only(state.status, state.gradient_sum)
+  if any(map(_leaves.is_masked_node, old)):
+    raise ValueError(
+      "state must have been made with accumulate > 1, as the topology has "
+      f"accumulate={topology.accumulate}; got one without sums of gradients."
+    )
+  new = [
+    jnp.where(opens, 0, total) + jnp.asarray(gradient, total.dtype)
+    for total, gradient in zip(
+      old, _state.sparse_only(state.status, gradients), strict=True
     )
   ]
-  mean_tree = _state.put_sparse(state.gradient_mean, state.status, mean)
-  return state._replace(gradient_mean=mean_tree)
+  sums = _state.put_sparse(state.gradient_sum, state.status, new)
+  return state._replace(gradient_sum=sums)
 
 
 def _advance(
@@ -415,19 +430,20 @@ def sparseopt(
     return [next(layers) if choice else optax.MaskedNode() for choice in chosen]
 
   def init_leaf(mask: Any, is_corrected: bool, path: str, leaf: Any) -> tuple:
-    """Status, fan-in, scale and gradient mean of one leaf."""
+    """Status, fan-in, scale and sum of gradients of one leaf."""
     none = optax.MaskedNode()
     if _leaves.is_masked_node(mask):
       return none, none, none, none
     axis = output_axis(path, leaf) if callable(output_axis) else output_axis
     mask = _place(mask, leaf)
-    axes = _correction.input_axes(mask.ndim, axis)
+    axes = _correction.input_axes(mask.ndim, axis, path)
     status, fan_in, scale = _initial_state(mask, axes)
     scale = scale if is_corrected else none
-    mean = none
+    total = none
     if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
-      mean = jnp.zeros_like(leaf, dtype=_correction.wide_dtype(leaf.dtype))
-    return status, fan_in, scale, mean
+      dtype = _correction.wide_dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+      total = jnp.zeros_like(leaf, dtype=dtype)
+    return status, fan_in, scale, total
 
   def init_fn(params: optax.Params) -> SparseOptState:
     treedef: Any = jax.tree.structure(params)
@@ -472,6 +488,11 @@ def sparseopt(
     if params is None:
       raise ValueError(
         "params must be passed to update, since masks depend on them; got None."
+      )
+    if not isinstance(state, SparseOptState):
+      raise TypeError(
+        "state must be the SparseOptState that init gave; got a "
+        f"{type(state).__name__}."
       )
     new_state = state
     if not isinstance(state, SettledState):

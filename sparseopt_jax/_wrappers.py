@@ -16,6 +16,12 @@ def _is_state(node: Any) -> bool:
   return isinstance(node, SparseOptState)
 
 
+def check_transformation(name: str, value: Any) -> None:
+  """Raises TypeError unless ``value`` is a transformation."""
+  if not (hasattr(value, "init") and hasattr(value, "update")):
+    raise TypeError(f"{name} must be a GradientTransformation; got {value!r}.")
+
+
 def find_state(
   opt_state: optax.OptState, holder: str = "opt_state"
 ) -> SparseOptState:
@@ -95,7 +101,8 @@ def apply_masks(
     there before, NaN included, does not matter.
 
   Raises:
-    ValueError: If the state holds no SparseOptState or several.
+    ValueError: If the state holds no SparseOptState or several, or one of other
+      shapes; for a state of several devices or instances, use ``jax.vmap``.
 
   Examples:
 
@@ -108,7 +115,23 @@ def apply_masks(
     2.0 4.0
   """
   state = find_state(opt_state)
+  _check_shapes(state.status, params)
   return _select_settled(state.status, _state.just_updated(state), params)
+
+
+def _check_shapes(status: Any, params: Any) -> None:
+  def check(path: tuple, status: Any, param: Any) -> None:
+    masked = _leaves.is_masked_node(status)
+    if not masked and jnp.shape(param) != status.shape:
+      raise ValueError(
+        "params must have the shapes of the masks; got "
+        f"{jnp.shape(param)} at {_leaves.path_name(path)!r} where the mask has "
+        f"{status.shape}."
+      )
+
+  jax.tree_util.tree_map_with_path(
+    check, status, params, is_leaf=_leaves.is_masked_node
+  )
 
 
 def _select_settled(status: Any, fresh: jax.Array, params: Any) -> Any:
@@ -248,7 +271,9 @@ def keep_params_sparse(
   it asks ``inner`` twice, first for the masks, then for the step under them; of
   the first all but the masks is dead code, which ``jax.jit`` removes. Outside
   of ``jax.jit`` a call is slow, and effects in ``inner``, such as those of
-  ``jax.debug.print``, happen twice in any case.
+  ``jax.debug.print``, happen twice in any case. ``optax.MultiSteps`` within
+  ``inner`` passes no extra arguments on, so ``update_masks`` has to be told to
+  one outside.
 
   Args:
     inner: Any transformation with one :func:`sparseopt_jax.sparseopt` in it
@@ -291,8 +316,7 @@ def keep_params_sparse(
 
   .. seealso:: :func:`sparseopt_jax.sparseopt_sgd`
   """
-  if not (hasattr(inner, "init") and hasattr(inner, "update")):
-    raise TypeError(f"inner must be a GradientTransformation; got {inner!r}.")
+  check_transformation("inner", inner)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> optax.OptState:

@@ -70,6 +70,37 @@ def masks_like(kernel, bias=optax.MaskedNode()):  # noqa: B008
       TypeError,
       "inner.*function sgd",
     ),
+    (lambda: sparseopt_jax.ham(None, 0.1), TypeError, "inner.*None"),
+    (
+      lambda: sparseopt_jax.ham(optax.sgd(0.1), "a"),
+      TypeError,
+      "learning_rate.*'a'",
+    ),
+    (
+      lambda: sparseopt_jax.ham(optax.sgd(0.1), 0.1, alpha=None),
+      TypeError,
+      "alpha.*None",
+    ),
+    (
+      lambda: sparseopt_jax.ham(optax.sgd(0.1), 0.1, beta=jnp.ones(2)),
+      TypeError,
+      "beta.*Array",
+    ),
+    (
+      lambda: sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.9, weight_decay=None),
+      TypeError,
+      "weight_decay.*None",
+    ),
+    (
+      lambda: sparseopt_jax.erk({"a": (-3, 4)}, 0.5),
+      ValueError,
+      r"'a'.*\(-3, 4\)",
+    ),
+    (
+      lambda: sparseopt_jax.correct(jnp.ones(3, int), jnp.ones(3, bool)),
+      TypeError,
+      "gradient.*int32",
+    ),
     (lambda: sparseopt_jax.sparseopt(0.9, seed="a"), TypeError, "seed.*'a'"),
     (lambda: sparseopt_jax.sparseopt(0.9, seed=1.5), TypeError, r"seed.*1\.5"),
     (lambda: SET(10, 0), ValueError, "update_every.*0"),
@@ -106,6 +137,16 @@ def test_at_construction(make, error, message):
     ),
     ({"corrected": masks_like(False, True)}, ValueError, "corrected.*'bias'"),
     ({"distribution": lambda shapes, s: [0.5]}, TypeError, r"\[0\.5\]"),
+    (
+      {"distribution": lambda shapes, s: dict.fromkeys(shapes, "0.5")},
+      TypeError,
+      "distribution.*'0.5' for 'kernel'",
+    ),
+    (
+      {"distribution": lambda shapes, s: dict.fromkeys(shapes, jnp.ones(2))},
+      TypeError,
+      "distribution.*'kernel'",
+    ),
     ({"output_axis": 2}, ValueError, "output_axis.*2"),
     ({"output_axis": lambda path, leaf: None}, TypeError, "output_axis.*None"),
     (
@@ -143,6 +184,44 @@ def test_at_init(kwargs, error, message):
   tx = sparseopt_jax.sparseopt(0.5, **kwargs)
   with pytest.raises(error, match=message):
     tx.init(PARAMS)
+
+
+def test_the_axis_is_refused_with_the_leaf_that_lacks_it():
+  params = {"Conv_0": jnp.ones((3, 3, 2, 4)), "Dense_0": jnp.ones((8, 4))}
+  tx = sparseopt_jax.sparseopt(0.5, output_axis=-3)
+  with pytest.raises(ValueError, match=r"output_axis.*-3 for 'Dense_0'"):
+    tx.init(params)
+
+
+@pytest.mark.parametrize("given", [[0.0, 0.5], [0.1], None, "a"])
+def test_a_schedule_that_gives_no_scalar(given):
+  given = jnp.array(given) if isinstance(given, list) else given
+  topology = RigL(10, 1, drop_fraction=lambda count: given)
+  tx = sparseopt_jax.sparseopt(0.5, topology)
+  state = tx.init(PARAMS)
+  with pytest.raises(TypeError, match="drop_fraction must be a schedule of a"):
+    jax.jit(tx.update)(PARAMS, state, PARAMS)
+
+
+def test_a_state_of_something_else():
+  sgd = optax.sgd(0.1, 0.9)
+  tx = sparseopt_jax.sparseopt(0.5, RigL(10))
+  with pytest.raises(TypeError, match=r"state must be.*got a tuple"):
+    tx.update(PARAMS, sgd.init(PARAMS), PARAMS)
+
+
+def test_a_state_without_the_sums_that_accumulation_needs():
+  state = sparseopt_jax.sparseopt(0.5, RigL(10, 4)).init(PARAMS)
+  tx = sparseopt_jax.sparseopt(0.5, RigL(10, 4, accumulate=2))
+  with pytest.raises(ValueError, match=r"state.*accumulate=2"):
+    tx.update(PARAMS, state, PARAMS)
+
+
+def test_parameters_of_another_shape_than_the_masks():
+  state = sparseopt_jax.sparseopt(0.5).init(PARAMS)
+  other = {**PARAMS, "kernel": jnp.ones((1, 3))}
+  with pytest.raises(ValueError, match=r"\(1, 3\) at 'kernel'.*\(4, 3\)"):
+    sparseopt_jax.apply_masks(other, state)
 
 
 def test_integers_and_scalars_cannot_be_sparse():

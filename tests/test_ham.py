@@ -18,6 +18,23 @@ def _tree(seed):
   return {"kernel": _draw(seed, 6, 4), "bias": _draw(seed + 1, 4)}
 
 
+def test_a_weight_at_zero_stays_there_at_any_gradient():
+  params = {"kernel": jnp.zeros((2, 2))}
+  gradients = {"kernel": jnp.array([[np.nan, np.inf], [-np.inf, 1.0]])}
+  tx = sparseopt_jax.ham(optax.set_to_zero(), 0.1)
+  updates, _ = tx.update(gradients, tx.init(params), params)
+  np.testing.assert_array_equal(updates["kernel"], 0)
+
+
+def test_a_schedule_in_float64_under_strict_promotion():
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+    params = {"kernel": _draw(0, 6, 4, dtype=jnp.float64)}
+    schedule = lambda count: jnp.float32(0.1)
+    tx = sparseopt_jax.ham(optax.sgd(0.1), schedule)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["kernel"].dtype == jnp.float64
+
+
 def test_matches_the_oracle_with_momentum_and_a_schedule():
   schedule = optax.linear_schedule(0.1, 0.02, 4)
   base = optax.sgd(schedule, momentum=0.9)

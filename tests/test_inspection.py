@@ -170,6 +170,7 @@ def test_what_may_come_in_between(between):
     lambda x: nn.avg_pool(x, (2, 2)),
     lambda x: x + x.mean(-1, keepdims=True),
     lambda x: x * jax.nn.sigmoid(x),
+    lambda x: 1 / x,
     lambda x: jax.lax.cond(True, lambda x: x, lambda x: -x, x),
     nn.Dropout(0.5, deterministic=False),
     nn.Dense(8),

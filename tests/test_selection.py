@@ -41,6 +41,20 @@ def select(name, layers, eligible, n, words):
   return _blocks.block_by_block(shapes, function, *columns)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("value", [0.0, np.inf])
+def test_none_of_a_layer_that_fills_its_block(dtype, rows, value):
+  """The keys are the largest there are, in the order of values and of ties."""
+  with jax.enable_x64(dtype == "float64"):
+    layers = [jnp.full((rows, 4096), value, dtype)]
+    eligible = [jnp.ones((rows, 4096), bool)]
+    n = np.zeros(1, np.int32)
+    for name in ("smallest", "largest", "at_random"):
+      (chosen,) = select(name, layers, eligible, n, jnp.array(WORDS[:1]))
+      assert not np.any(chosen)
+
+
 def _layers(seed, dtype, shapes=SHAPES):
   """Few values, so that ties abound, and special ones among them."""
   rng = np.random.default_rng(seed)

@@ -327,8 +327,11 @@ def _checksum(seed):
 
 
 def test_every_bit_of_a_seed_counts():
-  seeds = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, -1]
-  assert len({_checksum(seed) for seed in seeds}) == len(seeds)
+  seeds = [0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 + 1, 2**40 + 1, -1]
+  checksums = [_checksum(seed) for seed in seeds]
+  assert len(set(checksums)) == len(seeds)
+  with jax.enable_x64(True):
+    assert [_checksum(seed) for seed in seeds] == checksums
 
 
 def test_seeds_from_numpy_are_those_of_python_and_jax():

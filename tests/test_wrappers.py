@@ -281,15 +281,55 @@ def test_a_bad_gradient_in_the_window_skips_the_mask_update():
   assert _skipped(opt_state) == 1
 
 
+def test_accumulated_ties_are_ties():
+  """Sums of the same three numbers in any order are equal, means need not be.
+
+  The sum is exactly 0, so what grows is drawn, and not found by rounding noise.
+  """
+  mask = np.zeros((8, 12), bool)
+  mask[:2] = True
+  topology = sparseopt_jax.RigL(100, 3, accumulate=3)
+  link = sparseopt_jax.sparseopt(0.5, topology, masks={"kernel": mask})
+  orders = np.random.default_rng(0).permuted(
+    np.tile([5.0, -3.0, -2.0], (96, 1)), axis=1
+  )
+  params = {"kernel": jnp.ones(mask.shape)}
+  state, update = link.init(params), jax.jit(link.update)
+  for step in range(4):
+    gradients = {"kernel": jnp.float32(orders[:, step - 1].reshape(8, 12))}
+    _, state = update(gradients, state, params)
+  np.testing.assert_array_equal(state.gradient_sum["kernel"], 0)
+
+
+@pytest.mark.parametrize(
+  "topology",
+  [
+    sparseopt_jax.Static(),
+    sparseopt_jax.SET(20, 1),
+    sparseopt_jax.RigL(20, 2, accumulate=2),
+  ],
+)
+def test_numbers_of_python_and_numpy_without_jit(topology):
+  """As optax.sgd takes them; NumPy's floats are of 64 bits."""
+  params = {"kernel": np.ones((4, 6)), "scale": 1.0}
+  tx = sparseopt_jax.keep_params_sparse(
+    optax.chain(sparseopt_jax.sparseopt(0.5, topology), optax.sgd(0.1, 0.9))
+  )
+  state = tx.init(params)
+  for _ in range(3):
+    updates, state = tx.update(params, state, params)
+  np.testing.assert_allclose(updates["scale"], -0.271, rtol=1e-6)
+
+
 def test_accumulated_scores_are_wide_enough():
   topology = sparseopt_jax.RigL(100, 4, accumulate=2)
   link = sparseopt_jax.sparseopt(0.5, topology)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _tree(0))
   state = link.init(params)
-  assert state.gradient_mean["kernel"].dtype == jnp.float32
-  assert state.gradient_mean["bias"] == optax.MaskedNode()
+  assert state.gradient_sum["kernel"].dtype == jnp.float32
+  assert state.gradient_sum["bias"] == optax.MaskedNode()
   plain = sparseopt_jax.sparseopt(0.5, sparseopt_jax.RigL(100, 4)).init(params)
-  assert not jax.tree.leaves(plain.gradient_mean)
+  assert not jax.tree.leaves(plain.gradient_sum)
 
 
 @pytest.mark.parametrize("place", ["outside", "inside"])
