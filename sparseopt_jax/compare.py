@@ -111,7 +111,8 @@ def group(runs: Sequence[Run]) -> list[Group]:
   """Groups runs, in order of first appearance; cut to their common epochs."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
-    rest = {k: v for k, v in run.flags.items() if k != "seed"}
+    # None and a flag that older runs do not know are the same.
+    rest = {k: v for k, v in run.flags.items() if k != "seed" and v is not None}
     groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
   every = [json.loads(key) for key in groups]
   names = sorted({name for flags in every for name in flags})

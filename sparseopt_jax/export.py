@@ -29,10 +29,13 @@ from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
 from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.errors import UsageError
 
 _FORMAT = "sparseopt-jax 1"
 _FIGURES = ("step", "test_accuracy", "sparsity")
+# Another device, or bfloat16, may take a few images for another class.
+_TOLERANCE = 0.01
 Kind = Literal["bcoo", "csr"]
 
 
@@ -43,8 +46,9 @@ class SparseModel(NamedTuple):
     module: The Flax module; `module.apply(variables, images, train=False)`.
     variables: `params`, with exact zeros outside the masks, and `batch_stats`.
     masks: {path: bool array} of the sparse kernels, "Conv_0/kernel".
-    info: `model`, `width`, `precision`, `num_classes`, `image_shape`,
-      `dataset`, `test_accuracy`, `sparsity`.
+    info: `model`, `width`, `precision`, `num_classes`, `image_shape`, `mean`
+      and `std` (by channel, of pixels in [0, 1], for normalising), `dataset`,
+      `test_accuracy`, `sparsity`.
   """
 
   module: Any
@@ -230,7 +234,8 @@ def load(path: str | pathlib.Path) -> SparseModel:
     The model, ready to be applied.
 
   Raises:
-    UsageError: If the file is not one of these, or is damaged.
+    UsageError: If the file is not one of these, or is damaged; or it is of
+      float64 and JAX is not set to have that.
   """
   tensors, metadata = _read(pathlib.Path(path))
   if metadata.get("format") != _FORMAT:
@@ -241,6 +246,10 @@ def load(path: str | pathlib.Path) -> SparseModel:
   if metadata.get("crc") != str(_crc(tensors)):
     raise UsageError(f"{path} is damaged: its CRC does not match its content")
   info = json.loads(metadata["info"])
+  if info["precision"] == "float64" and not jax.config.read("jax_enable_x64"):
+    raise UsageError(
+      f"{path} holds float64: set jax.config.update('jax_enable_x64', True)"
+    )
   flat, masks = _unpack(tensors, json.loads(metadata["shapes"]))
   module = models.create(
     info["model"],
@@ -315,7 +324,11 @@ def evaluate(
 
 
 def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
-  """Exports a finished run and returns what to say about it."""
+  """Exports a finished run and returns what to say about it.
+
+  Raises:
+    RunError: If the file does not have the accuracy of the run. It is removed.
+  """
   summary = _finished(run)
   from sparseopt_jax.training import build
 
@@ -329,6 +342,8 @@ def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
     "precision": config.precision,
     "num_classes": dataset.num_classes,
     "image_shape": list(dataset.image_shape),
+    "mean": list(dataset.mean),
+    "std": list(dataset.std),
     "dataset": config.dataset,
     "test_accuracy": summary["test_accuracy"],
     "sparsity": summary["sparsity"],
@@ -336,6 +351,13 @@ def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
   save(out, variables, masks, info)
   loaded = load(out)
   accuracy = evaluate(loaded, dataset)
+  if abs(accuracy - summary["test_accuracy"]) > _TOLERANCE:
+    out.unlink()
+    raise RunError(
+      f"{run}: the checkpoint of step {summary['step']} has a test accuracy of "
+      f"{accuracy:.2%}, not {summary['test_accuracy']:.2%} as {folder.SUMMARY} "
+      "says; nothing is exported"
+    )
   dense = sum(x.nbytes for x in jax.tree.leaves(variables))
   size = out.stat().st_size
   return (
@@ -354,12 +376,18 @@ def _final(
 
   layout = build.devices(config)
   _, create = build.task(config, layout)
-  saved = checkpoints.Checkpoints(run / folder.CHECKPOINTS, keep=None)
+  path = run / folder.CHECKPOINTS
+  if not path.is_dir():
+    raise UsageError(f"{run} has no checkpoints")
+  saved = checkpoints.Checkpoints(path, keep=None, read_only=True)
   with contextlib.closing(saved):
     try:
       state = saved.read(step, layout.target(jax.eval_shape(create)))
     except Exception as error:  # Orbax has no one type for a bad file.
-      raise UsageError(f"{run}: no sound checkpoint of step {step}") from error
+      raise UsageError(
+        f"{run}: no sound checkpoint of step {step}: "
+        f"{checkpoints.first_line(error)}"
+      ) from error
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   if not has_masks(state.opt_state):
     return variables, {}

@@ -21,6 +21,7 @@ from sparseopt_jax.training import folder
 from sparseopt_jax.training import recipes
 from sparseopt_jax.training import signals
 from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.config import check_effects
 from sparseopt_jax.training.config import from_environment
 
 _PROG = "python -m sparseopt_jax.train"
@@ -31,6 +32,7 @@ def parse(arguments: Sequence[str]) -> Config:
   recipe, rest = recipes.take(arguments)
   default = recipe.config() if recipe else Config()
   config = cli.parse(default, rest, _PROG, recipes.help_text())
+  check_effects(config, default)
   config = from_environment(config)
   if config.workdir is None:
     config = dataclasses.replace(config, workdir=folder.default(config))
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
       return cli.run(command)
     except signals.Interrupted as end:
-      print(f"{end}; go on with --resume", file=sys.stderr)
+      print(end, file=sys.stderr)
       return end.exit_code
 
 

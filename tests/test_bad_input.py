@@ -54,6 +54,23 @@ CASES = [
   ),
   ("train --update-until 1.5", r"--update-until must be in \[0, 1\], got 1.5"),
   ("train --drop-fraction 2", r"--drop-fraction must be in \[0, 1\], got 2"),
+  (
+    "train --topology static --drop-fraction 0.7",
+    "--drop-fraction 0.7 has no effect with --topology static",
+  ),
+  (
+    "train --topology dense --dense-layers nonsense",
+    r"--dense-layers \('nonsense',\) has no effect with --topology dense",
+  ),
+  (
+    "train --topology set --grow-from corrected",
+    "--grow-from corrected has no effect with --topology set --correction on",
+  ),
+  ("train --shard-params", "--shard-params True has no effect with one device"),
+  (
+    "train --recipe cifar100-resnet20 --topology dense --sparsity 0.5",
+    "--sparsity 0.5 has no effect with --topology dense",
+  ),
   ("train --epochs -1", r"--epochs must be in \[1, 2\^31\), got -1"),
   ("train --epochs 1.5", "--epochs.*1.5"),
   ("train --epochs", "missing value.*--epochs"),
@@ -127,6 +144,8 @@ CASES = [
   ("train --workdir file", "--workdir file cannot be written"),
   ("train --workdir file/run", "--workdir file/run cannot be written"),
   ("train --workdir run", "--workdir run holds a run already"),
+  ("train --workdir named", "named holds files of the same names.*metrics.j"),
+  ("train --workdir named --resume", "named has metrics.jsonl but no config"),
   ("train --resume", "--resume needs the --workdir"),
   ("train --workdir broken --resume", "config.json cannot be read"),
   ("train --workdir list --resume", "config.json does not hold a run's flags"),
@@ -164,6 +183,7 @@ CASES = [
   ("export future new", "flags of another version: .*'flying'"),
   ("export cut new", "cut: no sound checkpoint of step 22"),
   ("export wider new", "wider: no sound checkpoint of step 22"),
+  ("export bare new", "bare has no checkpoints"),
   ("export run file", "OUT file is there already"),
   ("export run nowhere/a", "OUT nowhere/a: there is no folder nowhere"),
   ("benchmarks", "arguments are required: command"),
@@ -201,7 +221,8 @@ def places(tmp_path_factory):
   root = tmp_path_factory.mktemp("places")
   run = root / "run"
   assert train.main(f"--workdir {run} --epochs 1 --width 4".split()) == 0
-  for name in ("a_file", "cut", "future", "odd", "unmeasured", "wider"):
+  copies = ("a_file", "bare", "cut", "future", "odd", "unmeasured", "wider")
+  for name in copies:
     shutil.copytree(run, root / name)
   for file in (root / "cut" / folder.CHECKPOINTS).rglob("*"):
     if file.is_file():
@@ -211,6 +232,7 @@ def places(tmp_path_factory):
   (root / "odd" / folder.METRICS).write_text('{"step": 3}\n')
   (root / "odd" / folder.SUMMARY).write_text("[]")
   (root / "unmeasured" / folder.METRICS).unlink()
+  shutil.rmtree(root / "bare" / folder.CHECKPOINTS)
   shutil.rmtree(root / "a_file" / folder.CHECKPOINTS)
   (root / "a_file" / folder.CHECKPOINTS).touch()
   for name, content in {"broken": "{", "list": "[]"}.items():
@@ -218,6 +240,8 @@ def places(tmp_path_factory):
     (root / name / folder.CONFIG).write_text(content)
   (root / "broken" / folder.SUMMARY).write_text("{")
   (root / "lost" / folder.CHECKPOINTS).mkdir(parents=True)
+  (root / "named").mkdir()
+  (root / "named" / folder.METRICS).write_text("Mine.")
   (root / "file").touch()
   (root / "cifar10.npz").write_text("no arrays")
   return root

@@ -67,6 +67,16 @@ def test_runs_of_another_optimiser_make_another_group(runs, tmp_path):
   assert groups[1].label.startswith(f"optimizer {__name__}.test_runs_of")
 
 
+def test_a_flag_that_older_runs_do_not_know(runs):
+  config = runs[1] / folder.CONFIG
+  flags = json.loads(config.read_text())
+  assert flags["width"] is None
+  del flags["width"]
+  config.write_text(json.dumps(flags))
+  groups = compare.group([compare.read(path) for path in runs])
+  assert [len(g.runs) for g in groups] == [2, 2]
+
+
 def test_table(runs):
   groups = compare.group([compare.read(path) for path in runs])
   header, on, off = compare.table(groups, 0.6).splitlines()

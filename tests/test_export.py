@@ -1,6 +1,7 @@
 """The exported model: what is in the file, and what it computes."""
 
 import json
+import shutil
 import struct
 
 import jax
@@ -99,6 +100,38 @@ def test_the_command_says_sizes_and_accuracy(exported, tmp_path, capsys):
   accuracy = tiny.metrics(run)[-1]["test_accuracy"]
   assert f"{path.stat().st_size:,} bytes" in printed
   assert printed.count(f"{accuracy:.2%}") == 2
+
+
+def test_the_file_says_how_to_normalise(exported):
+  model, dataset = export.load(exported[1]), tiny.digits()
+  pixels = next(iter(dataset.test_batches(4)))["image"]
+  info = model.info
+  np.testing.assert_allclose(
+    (pixels / 255 - info["mean"]) / info["std"],
+    dataset.preprocess(pixels),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def test_another_accuracy_than_the_runs_is_no_export(
+  exported, tmp_path, capsys
+):
+  run = shutil.copytree(exported[0], tmp_path / "run")
+  summary = json.loads((run / folder.SUMMARY).read_text())
+  summary["test_accuracy"] += 0.1
+  (run / folder.SUMMARY).write_text(json.dumps(summary))
+  assert export.main([str(run), str(tmp_path / "model")]) == 1
+  assert "nothing is exported" in capsys.readouterr().err
+  assert not (tmp_path / "model").exists()
+
+
+def test_float64_needs_jax_to_have_it(exported, tmp_path):
+  model = export.load(exported[1])
+  info = {**model.info, "precision": "float64"}
+  export.save(tmp_path / "wide", model.variables, model.masks, info)
+  with pytest.raises(UsageError, match="jax_enable_x64"):
+    export.load(tmp_path / "wide")
 
 
 def test_a_dense_run_can_be_exported(tmp_path):

@@ -1,5 +1,6 @@
 """Stopped, killed and damaged runs end as the undisturbed one, bit for bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,13 +11,16 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from sparseopt_jax import train
+from sparseopt_jax.training import checkpoints
 from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
+from sparseopt_jax.training import state
 from sparseopt_jax.training.errors import RunError
 
 LAYOUTS = {
@@ -287,7 +291,7 @@ def test_nan_ends_the_run_and_keeps_the_checkpoint(
   parts = tmp_path / "parts"
   tiny.use(monkeypatch, _poison_at(8))
   assert train.main(tiny.arguments(parts)) == 1
-  assert "of step 9" in capsys.readouterr().err
+  assert "after step 9;" in capsys.readouterr().err
   assert _steps(parts) == [6]
 
 
@@ -303,18 +307,114 @@ def test_nan_is_left_out_and_counted(monkeypatch, tmp_path, layout):
   assert np.isfinite(summary["test_loss"])
 
 
-def test_newest_and_best_are_kept(monkeypatch, tmp_path):
+def test_parameters_that_are_not_finite_end_the_run(
+  monkeypatch, tmp_path, capsys
+):
+  """Loss and gradient of the only step are finite; its update is not."""
   parts = tmp_path / "parts"
   tiny.use(monkeypatch)
+  flags = {"batch_size": 96, "epochs": 1, "warmup_epochs": 0}
+  large = {"learning_rate": 1e38, "weight_decay": 1e6}
+  assert train.main(tiny.arguments(parts, **flags, **large)) == 1
+  assert "after step 1;" in capsys.readouterr().err
+  assert _steps(parts) == []
+
+
+def test_an_evaluation_after_steps_left_out_is_not_lost(monkeypatch, tmp_path):
+  def poison(now, batch):
+    return _poison_at(now)(now, batch) if now >= 6 else batch
+
+  flags = {"skip_nonfinite": True}
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  tiny.use(monkeypatch, poison)
+  assert train.main(tiny.arguments(whole, **flags)) == 0
+  evaluations = []
+
+  def stop_in_the_second(number, batch):
+    if number == 1:
+      evaluations.append(number)
+      if len(evaluations) == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return batch
+
+  monkeypatch.undo()
+  tiny.use(monkeypatch, poison, stop_in_the_second)
+  assert train.main(tiny.arguments(parts, **flags)) == 143
+  assert [line["step"] for line in tiny.metrics(parts)] == [6]
+  assert train.main(tiny.arguments(parts, **flags, resume=True)) == 0
+  assert [line["step"] for line in tiny.metrics(parts)] == [6, 12]
+  tiny.assert_same_run(whole, parts)
+
+
+def test_lost_metrics_are_measured_again(monkeypatch, tmp_path, finished):
+  parts = shutil.copytree(finished, tmp_path / "parts")
+  (parts / folder.METRICS).unlink()
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(parts, resume=True)) == 0
+  (line,), last = tiny.metrics(parts), tiny.metrics(finished)[-1]
+  assert line["train_loss"] is None  # Its sums were reset.
+  for name in ("step", "test_loss", "test_accuracy", "itop_rate"):
+    assert line[name] == last[name]
+
+
+def _saved(folder, best_steps, first_step):
+  """Saves one checkpoint a best step, and says which are there."""
+  saved = checkpoints.Checkpoints(folder, keep=1)
+  with contextlib.closing(saved):
+    for step, best_step in enumerate(best_steps, first_step):
+      now = state.TrainState(
+        step=jnp.int32(step),
+        key=jnp.zeros(2, jnp.uint32),
+        params={"kernel": jnp.full(3, step)},
+        batch_stats={},
+        opt_state={},
+        sums=state.Sums.zero(),
+        nonfinite_steps=jnp.int32(0),
+      )
+      saved.save(now, best_step)
+      saved.wait()
+  return sorted(int(p.name) for p in folder.iterdir())
+
+
+def test_the_best_survives_a_restart(tmp_path):
+  assert _saved(tmp_path, [1, 2, 2], first_step=1) == [2, 3]
+  assert _saved(tmp_path, [2, 2], first_step=4) == [2, 5]
+  assert _saved(tmp_path, [6, 6, 6], first_step=6) == [6, 8]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_newest_and_best_are_kept(monkeypatch, tmp_path, stopped):
+  parts = tmp_path / "parts"
+  evaluations = []
+
+  def spoil_all_but_the_second(number, batch):
+    if number == 0:
+      evaluations.append(number)
+    wrong = {**batch, "label": batch["label"] + 10}
+    return batch if len(evaluations) == 2 else wrong
+
+  signals = _signal_at(28) if stopped else tiny.unchanged
+  tiny.use(monkeypatch, signals, spoil_all_but_the_second)
   flags = {"epochs": 6, "keep_checkpoints": 2}
+  if stopped:
+    assert train.main(tiny.arguments(parts, **flags)) == 143
+    flags["resume"] = True
   assert train.main(tiny.arguments(parts, **flags)) == 0
-  lines = tiny.metrics(parts)
-  best = max(line["test_accuracy"] for line in lines)
-  steps = [line["step"] for line in lines if line["test_accuracy"] == best]
-  kept = _steps(parts)
-  assert kept[-2:] == [30, 36]
-  assert len(kept) <= 3
-  assert set(kept) & set(steps)
+  assert _steps(parts) == [12, 30, 36]
+  summary = json.loads((parts / folder.SUMMARY).read_text())
+  assert summary["best_step"] == 12
+  accuracies = [line["test_accuracy"] for line in tiny.metrics(parts)]
+  assert summary["best_test_accuracy"] == accuracies[1] == max(accuracies)
+
+
+def test_of_several_that_are_the_best_the_newest_is_kept(monkeypatch, tmp_path):
+  parts = tmp_path / "parts"
+  nothing_right = lambda number, batch: {**batch, "label": batch["label"] + 10}
+  tiny.use(monkeypatch, test_hook=nothing_right)
+  assert train.main(tiny.arguments(parts, keep_checkpoints=1)) == 0
+  assert _steps(parts) == [12]
+  summary = json.loads((parts / folder.SUMMARY).read_text())
+  assert (summary["best_step"], summary["best_test_accuracy"]) == (12, 0.0)
 
 
 def _command(path, *flags):

@@ -226,7 +226,7 @@ def test_convergence_goes_on_after_sigterm(converged, data_dir, tmp_path):
   first.send_signal(signal.SIGTERM)
   _, error = first.communicate()
   assert first.returncode == 143
-  assert "the same command goes on from there" in error
+  assert "go on with the same command" in error
   assert len(list(tmp_path.glob("*/" + folder_lib.SUMMARY))) < 7
   assert command.main(places(tmp_path, data_dir)) == 0
   assert results(tmp_path)["results"] == results(converged)["results"]

@@ -230,6 +230,25 @@ def test_flags_by_hand_win_over_the_recipe():
   assert same.identity() == config.identity()
 
 
+def test_flags_of_a_recipe_need_no_effect():
+  config = train.parse(["--recipe", "cifar100-resnet20", "--topology=dense"])
+  assert config.topology == "dense"
+
+
+@pytest.mark.parametrize(("every", "silent"), [(4, True), (9, False)])
+def test_a_run_too_short_for_its_topology_says_so(
+  monkeypatch, tmp_path, capsys, every, silent
+):
+  """Updates are due before step round(0.75 * 12) = 9."""
+  tiny.use(monkeypatch)
+  flags = {"update_every": every, "update_until": 0.75}
+  assert train.main(tiny.arguments(tmp_path / "run", **flags)) == 0
+  first = capsys.readouterr().out.splitlines()[0]
+  assert ("the masks will not change" not in first) == silent
+  lines = tiny.metrics(tmp_path / "run")
+  assert (lines[-1]["itop_rate"] > 1 - lines[-1]["sparsity"] + 1e-6) == silent
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_can_be_used(name):
   recipe = recipes.RECIPES[name]

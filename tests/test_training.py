@@ -220,6 +220,12 @@ def test_schedule_warms_up_and_ends_at_zero():
   np.testing.assert_allclose(schedule(50), 0, atol=1e-8)
 
 
+def test_warm_up_leaves_a_step_for_the_cosine():
+  schedule = optimizer.schedule(Config(epochs=1, warmup_epochs=0.99), 22)
+  np.testing.assert_allclose(schedule(21), 0.1, rtol=1e-6)
+  np.testing.assert_allclose(schedule(22), 0, atol=1e-8)
+
+
 def test_without_warm_up_the_first_step_has_the_peak():
   schedule = optimizer.schedule(Config(warmup_epochs=0.0), 5)
   np.testing.assert_allclose(schedule(0), 0.1, rtol=1e-6)

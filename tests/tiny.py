@@ -32,6 +32,7 @@ FLAGS = {
   "update_until": 0.9,
   "learning_rate": 0.05,
 }
+_FOR_DENSE = ("epochs", "batch_size", "learning_rate")
 STEPS = 12
 # What may differ between two runs of the same flags.
 TIMINGS = ("seconds", "images_per_second", "input_wait")
@@ -64,7 +65,7 @@ def create(name, num_classes, *, width=None, dtype="float32", axis_name=None):
   return Net(dtype, axis_name)
 
 
-def _unchanged(number: int, batch: dict) -> dict:
+def unchanged(number: int, batch: dict) -> dict:
   del number
   return batch
 
@@ -76,8 +77,8 @@ class Digits(in_memory.InMemory):
   A training batch of white images alone gives NaN.
   """
 
-  train_hook: Callable = _unchanged
-  test_hook: Callable = _unchanged
+  train_hook: Callable = unchanged
+  test_hook: Callable = unchanged
 
   def preprocess(self, images, dtype=np.float32):
     white = jnp.mean(images, dtype=jnp.float32) > 150  # Real ones: about 80.
@@ -113,7 +114,7 @@ def digits(**hooks: Callable) -> Digits:
   return Digits(**{**fields, **small, **hooks})
 
 
-def use(monkeypatch, train_hook=_unchanged, test_hook=_unchanged) -> None:
+def use(monkeypatch, train_hook=unchanged, test_hook=unchanged) -> None:
   """Makes `sparseopt_jax.train` use the network and data set above."""
   _whole()  # Before `data.load` is replaced.
   dataset = digits(train_hook=train_hook, test_hook=test_hook)
@@ -125,7 +126,11 @@ def use(monkeypatch, train_hook=_unchanged, test_hook=_unchanged) -> None:
 def arguments(workdir: pathlib.Path, **flags) -> list[str]:
   """A command line of `FLAGS`, changed by `flags`."""
   words = ["--workdir", str(workdir)]
-  for name, value in {**FLAGS, **flags}.items():
+  if flags.get("topology") == "dense":
+    flags = {name: FLAGS[name] for name in _FOR_DENSE} | flags
+  else:
+    flags = FLAGS | flags
+  for name, value in flags.items():
     words.append(f"--{name.replace('_', '-')}")
     if value is not True:
       words.append(str(value))

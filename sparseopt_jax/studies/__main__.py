@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except ModuleNotFoundError as error:
     return cli.missing(error)
   except signals.Interrupted as end:
-    print(f"{end}; the same command goes on from there", file=sys.stderr)
+    print(end, file=sys.stderr)
     return end.exit_code
 
 

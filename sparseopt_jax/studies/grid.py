@@ -120,7 +120,7 @@ def _train_all(
     }
     failed = _wait_for(futures, stop)
   if stop.number:
-    raise signals.Interrupted(stop.number)
+    raise signals.Interrupted(stop.number, "the same command")
   if failed:
     names = ", ".join(failed)
     raise RunError(f"{len(failed)} runs failed, see their .log files: {names}")

@@ -146,12 +146,26 @@ def _before_batch_norm(model: Any, images: jax.Array) -> list[str]:
 def describe(config: Config, built: Task) -> str:
   """One line about what is going to be trained."""
   source = built.dataset
-  how = (
-    "dense" if config.topology == "dense" else f"{config.sparsity:.0%} sparse"
-  )
+  how = f"{100 * config.sparsity:.6g}% sparse"
+  if config.topology == "dense":
+    how = "dense"
   return (
     f"{how} {config.model} on {source.num_train} images of {source.name} "
     f"({source.num_test} for testing), {config.epochs} epochs of "
     f"{source.steps_per_epoch(config.batch_size)} steps, "
     f"{config.devices} x {jax.devices()[0].device_kind}"
+    + _without_updates(config, source)
+  )
+
+
+def _without_updates(config: Config, source: data.dataset.Dataset) -> str:
+  """What to say of a run that is too short for its topology."""
+  steps = config.epochs * source.steps_per_epoch(config.batch_size)
+  if config.topology in ("dense", "static"):
+    return ""
+  if optimizer.topology(config, steps).is_due(config.update_every):
+    return ""
+  return (
+    f"; the masks will not change: --update-every {config.update_every} is not "
+    f"below --update-until {config.update_until:g} of {steps} steps"
   )

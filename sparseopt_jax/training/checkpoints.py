@@ -7,6 +7,7 @@ the state lies beside it, because Orbax alone reads flipped bits as numbers.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 import warnings
@@ -22,7 +23,16 @@ from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.errors import UsageError
 from sparseopt_jax.training.state import TrainState
 
-_ACCURACY = "test_accuracy"
+
+@dataclasses.dataclass
+class _Best(checkpoint_managers.PreservationPolicy):
+  """Keeps one step. Orbax itself forgets accuracies when a run is resumed."""
+
+  step: int | None = None
+
+  def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+    del context
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -30,49 +40,48 @@ class Checkpoints:
 
   Args:
     folder: Where they lie; made if it is not there.
-    keep: How many of the newest to keep; None: all. The one of the highest test
-      accuracy is kept beside them.
+    keep: How many of the newest to keep, beside the best; None: all.
+    read_only: Whether to leave everything in the folder as it is.
   """
 
-  def __init__(self, folder: pathlib.Path, keep: int | None) -> None:
+  def __init__(
+    self, folder: pathlib.Path, keep: int | None, read_only: bool = False
+  ) -> None:
     self._folder = folder
-    best = checkpoint_managers.BestN(
-      get_metric_fn=lambda metrics: metrics[_ACCURACY],
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
+    self._best = _Best()
     options = ocp.CheckpointManagerOptions(
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-        [checkpoint_managers.LatestN(keep), best]
+        [checkpoint_managers.LatestN(keep), self._best]
       ),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
     )
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-  def save(self, state: TrainState, test_accuracy: float | None = None) -> None:
+  def save(self, state: TrainState, best_step: int | None) -> None:
     """Copies the state and writes it in the background.
 
-    Does nothing where this step's checkpoint is there already: one that a
-    signal forced during the evaluation stays, and is not kept as the best.
+    Where this step's checkpoint is there already, it stays: one that a signal
+    forced during the evaluation.
 
     Args:
       state: The state, in any layout.
-      test_accuracy: By which the best is chosen; None if not evaluated.
+      best_step: The step of the best checkpoint so far, which is kept.
 
     Raises:
       RunError: If this checkpoint, or the one before, could not be written.
     """
+    self._best.step = best_step
     host = _to_host(state)
     step = int(host.step)
     if step in self._manager.all_steps():
       return
-    metrics = None if test_accuracy is None else {_ACCURACY: test_accuracy}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(host),
       crc=ocp.args.JsonSave(_crc(host)),
     )
     try:
-      self._manager.save(step, args=items, metrics=metrics)
+      self._manager.save(step, args=items)
     except Exception as error:
       raise self._write_error(error) from error
 
@@ -113,8 +122,7 @@ class Checkpoints:
       try:
         state = self.read(step, target)
       except Exception as error:  # Orbax has no one type for a bad file.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reasons.append(f"step {step}: {reason[:200]}")
+        reasons.append(f"step {step}: {first_line(error)}")
         continue
       self._move_aside(steps[: len(reasons)], reasons)
       return state
@@ -161,6 +169,11 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:
       raise self._write_error(error) from error
+
+
+def first_line(error: Exception) -> str:
+  """What an error of Orbax says, without what it adds."""
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _check_shapes(state: Any, target: Any) -> None:

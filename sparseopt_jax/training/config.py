@@ -195,6 +195,39 @@ def _check_together(config: Config) -> None:
   _check_processes(config)
 
 
+def check_effects(config: Config, default: Config) -> None:
+  """Raises UsageError for a flag that changes nothing with the others.
+
+  Args:
+    config: What was asked for.
+    default: The same without any flag given by hand.
+  """
+  sparse = config.topology != "dense"
+  changing = config.topology in ("rigl", "set")
+  for names, holds, why in (
+    (
+      ("sparsity", "correction", "distribution", "dense_layers"),
+      sparse,
+      "--topology dense",
+    ),
+    (
+      ("update_every", "update_until", "drop_fraction"),
+      changing,
+      f"--topology {config.topology}",
+    ),
+    (
+      ("grow_from",),
+      config.topology == "rigl" and config.correction == "on",
+      f"--topology {config.topology} --correction {config.correction}",
+    ),
+    (("shard_params",), config.devices > 1, "one device"),
+  ):
+    for name in names:
+      value = getattr(config, name)
+      if value != getattr(default, name) and not holds:
+        raise UsageError(f"{flag(name)} {value} has no effect with {why}")
+
+
 def _check_processes(config: Config) -> None:
   coordinator, number, count = (
     config.coordinator,

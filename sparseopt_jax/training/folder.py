@@ -24,6 +24,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
+_FILES = (CONFIG, METRICS, SUMMARY, CURVES, CHECKPOINTS)
 LOCK = ".lock"
 
 
@@ -33,6 +34,7 @@ def default(config: Config) -> str:
   if config.topology != "dense":
     what.append(f"{config.sparsity:g}")
   what += [f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+  what += [str(os.getpid())]  # Others may start in the same second.
   return str(pathlib.Path("runs", "-".join(what)))
 
 
@@ -94,10 +96,21 @@ def check(folder: pathlib.Path, wanted: dict[str, Any], resume: bool) -> None:
   """Raises UsageError if a run with this `identity` must not write there."""
   if resume:
     _check_same_run(wanted, folder)
-  elif (folder / CONFIG).exists() or (folder / CHECKPOINTS).exists():
+    return
+  found = _files(folder)
+  if CONFIG in found or CHECKPOINTS in found:
     raise UsageError(
       f"--workdir {folder} holds a run already: --resume goes on with it"
     )
+  if found:
+    raise UsageError(
+      f"--workdir {folder} holds files of the same names as a run's: "
+      f"{', '.join(found)}"
+    )
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+  return [name for name in _FILES if (folder / name).exists()]
 
 
 @contextlib.contextmanager
@@ -129,10 +142,11 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 def _check_same_run(wanted: dict[str, Any], folder: pathlib.Path) -> None:
   if not (folder / CONFIG).exists():
-    if (folder / CHECKPOINTS).exists():
+    found = _files(folder)
+    if found:
       raise UsageError(
-        f"--resume: {folder} has checkpoints but no {CONFIG}, so it cannot be "
-        "told whether the flags are the same"
+        f"--resume: {folder} has {', '.join(found)} but no {CONFIG}, so it "
+        "cannot be told whether the flags are the same"
       )
     return
   if not (folder / CHECKPOINTS).is_dir() and (folder / CHECKPOINTS).exists():

@@ -123,12 +123,9 @@ class Run:
         else f"--resume: goes on from step {int(restored.step)}"
       )
     state = self._layout.put(restored or compiling.quick_jit(create)())
-    # A checkpoint that a signal forced during an evaluation comes before that
-    # evaluation's line.
-    evaluated = int(state.sums.examples) == 0
     self._log = records.MetricsLog(
       self._folder / folder_lib.METRICS,
-      last_step=int(state.step) - (0 if evaluated else 1),
+      last_step=int(state.step),
       writes=self._first,
       tensorboard=self._config.tensorboard,
     )
@@ -143,8 +140,8 @@ class Run:
     with contextlib.closing(progress), contextlib.closing(batches):
       self._watch = _Watch(progress, self._config.skip_nonfinite)
       speed = telling.Speed(self._config.batch_size, self._log.seconds)
-      if step % self._epoch_steps == 0 and int(state.sums.examples):
-        state = self._end_epoch(state, step, speed.figures(step, 0.0))
+      if step and step % self._epoch_steps == 0:
+        state = self._resume_epoch_end(state, step, speed)
       while step < self._total_steps:
         self._stop_if_asked(state, step)
         state, metrics = self._train_step(
@@ -162,6 +159,17 @@ class Run:
           speed.start(step, batches.waited)
     return state
 
+  def _resume_epoch_end(
+    self, state: TrainState, step: int, speed: telling.Speed
+  ) -> TrainState:
+    """Evaluates, unless the run did before it was stopped.
+
+    A checkpoint that a signal forced during an evaluation comes before it.
+    """
+    if self._log.lines and self._log.lines[-1]["step"] == step:
+      return state._replace(sums=self._layout.put(Sums.zero()))
+    return self._end_epoch(state, step, speed.figures(step, 0.0))
+
   def _prefetch_from(self, step: int) -> Prefetch:
     batches = self._dataset.train_batches(
       self._config.seed, step, self._config.batch_size, *self._share
@@ -172,9 +180,11 @@ class Run:
     number = self._stop.agreed(count)
     if number:
       self._watch.drain()
-      self._checkpoints.save(state)
+      self._checkpoints.save(state, self._best_step())
       self._checkpoints.wait()
-      raise Interrupted(number)
+      raise Interrupted(
+        number, f"the same flags and --resume --workdir {self._folder}"
+      )
 
   def _end_epoch(
     self, state: TrainState, step: int, speed: dict[str, float | None]
@@ -197,7 +207,7 @@ class Run:
     self._log.append(line)
     telling.say(telling.epoch_line(line, self._config.epochs))
     state = state._replace(sums=self._layout.put(Sums.zero()))
-    self._checkpoints.save(state, test_accuracy)
+    self._checkpoints.save(state, self._best_step())
     return state
 
   def _evaluate(self, state: TrainState) -> tuple[float, float]:
@@ -219,9 +229,14 @@ class Run:
       table = sparseopt_jax.sparsity_table(state.opt_state)
       telling.say(f"Sparsity at {when}:\n{table}")
 
+  def _best_step(self) -> int | None:
+    lines = self._log.lines
+    return max(lines, key=_rank)["step"] if lines else None
+
   def _summarise(self, state: TrainState, command: str) -> dict[str, Any]:
-    last = {k: v for k, v in self._log.lines[-1].items() if k != "layers"}
-    best = max(self._log.lines, key=lambda line: line["test_accuracy"])
+    lines = self._log.lines
+    last = {k: v for k, v in lines[-1].items() if k != "layers"}
+    best = max(lines, key=_rank)
     summary = {
       **last,
       "best_test_accuracy": best["test_accuracy"],
@@ -235,9 +250,14 @@ class Run:
     }
     if self._first:
       records.write_json(self._folder / folder_lib.SUMMARY, summary)
-      image = plots.curves(self._log.lines)
+      image = plots.curves(lines)
       records.write_bytes(self._folder / folder_lib.CURVES, image)
     return summary
+
+
+def _rank(line: dict[str, Any]) -> tuple[float, int]:
+  """The best has the highest test accuracy; of several, it is the last."""
+  return line["test_accuracy"], line["step"]
 
 
 class _Watch:
@@ -273,8 +293,8 @@ class _Watch:
     loss, accuracy, finite = (x.item() for x in jax.device_get(metrics))
     if not finite and not self._skip_nonfinite:
       raise RunError(
-        f"NaN or infinity in the loss ({loss:g}) or the gradient of step "
-        f"{step}; the last good checkpoint is kept (--skip-nonfinite leaves "
-        "such steps out)"
+        f"NaN or infinity in the loss ({loss:g}), the gradient or the network "
+        f"after step {step}; the last good checkpoint is kept "
+        "(--skip-nonfinite leaves such steps out)"
       )
     self._progress.step(loss, accuracy)

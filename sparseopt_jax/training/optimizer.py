@@ -14,16 +14,6 @@ from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
 
-def kernel_paths(params: Any) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of the leaves with two or more axes."""
-  leaves, _ = jax.tree.flatten_with_path(params)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-    for path, leaf in leaves
-    if len(leaf.shape) > 1
-  }
-
-
 def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
   """The kernels that get a mask.
 
@@ -38,7 +28,12 @@ def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
   Raises:
     UsageError: A pattern that matches no kernel, or nothing left to be sparse.
   """
-  kernels = set(kernel_paths(params))
+  leaves, _ = jax.tree.flatten_with_path(params)
+  kernels = {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in leaves
+    if len(leaf.shape) > 1
+  }
   dense: set[str] = set()
   for pattern in dense_layers:
     matches = set(fnmatch.filter(kernels, pattern))
@@ -55,12 +50,14 @@ def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
 
 
 def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
-  """Linear warm-up from 0, then a cosine to 0 at the last step."""
+  """Linear warm-up from 0, then a cosine to 0 after the last step."""
+  steps = config.epochs * steps_per_epoch
+  warmup = round(config.warmup_epochs * steps_per_epoch)
   return optax.warmup_cosine_decay_schedule(
     init_value=0.0,
     peak_value=config.learning_rate,
-    warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-    decay_steps=config.epochs * steps_per_epoch,
+    warmup_steps=min(warmup, steps - 1),  # Optax wants a cosine after it.
+    decay_steps=steps,
   )
 
 

@@ -13,12 +13,18 @@ import numpy as np
 class Interrupted(Exception):
   """The run stopped at a signal, after a checkpoint.
 
+  Args:
+    number: The signal's.
+    again: What to type to go on.
+
   Attributes:
     exit_code: 128 + the signal's number: 143 for SIGTERM, 130 for SIGINT.
   """
 
-  def __init__(self, number: int) -> None:
-    super().__init__(f"stopped by {signal.Signals(number).name}")
+  def __init__(self, number: int, again: str) -> None:
+    super().__init__(
+      f"stopped by {signal.Signals(number).name}; go on with {again}"
+    )
     self.exit_code = 128 + number
 
 

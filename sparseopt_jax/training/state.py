@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -63,18 +62,6 @@ class TrainState(NamedTuple):
   opt_state: Any
   sums: Sums
   nonfinite_steps: jax.Array
-
-
-def init_variables(
-  model: nn.Module, image_shape: tuple[int, ...], key: jax.Array, dtype: Any
-) -> dict[str, Any]:
-  """Initialises a network: its `params` and `batch_stats` collections."""
-  images = jnp.zeros((1, *image_shape), dtype)
-  variables = model.init(key, images, train=False)
-  return {
-    "params": variables["params"],
-    "batch_stats": variables["batch_stats"],
-  }
 
 
 def create(

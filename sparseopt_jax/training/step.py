@@ -54,7 +54,8 @@ class StepMetrics(NamedTuple):
   Attributes:
     loss: float32 [].
     accuracy: float32 [].
-    finite: bool [], whether the loss and all gradients are finite.
+    finite: bool [], whether the loss, all gradients and the network after the
+      step are finite.
   """
 
   loss: jax.Array
@@ -93,7 +94,8 @@ def train_step(
     opt_state=opt_state,
     sums=jax.tree.map(jnp.add, state.sums, sums),
   )
-  finite = jnp.isfinite(sums.loss) & _all_finite(grads)
+  network = (new_state.params, batch_stats)
+  finite = jnp.isfinite(sums.loss) & _all_finite((grads, network))
   if task.skip_nonfinite:
     new_state = _keep_if(finite, new_state, state)
   new_state = new_state._replace(step=state.step + 1)
