@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
 from sparseopt_jax.training import state
 from sparseopt_jax.training.errors import RunError
+from sparseopt_jax.training.errors import UsageError
 
 LAYOUTS = {
   "one device": {},
@@ -355,6 +357,20 @@ def test_lost_metrics_are_measured_again(monkeypatch, tmp_path, finished):
   assert line["train_loss"] is None  # Its sums were reset.
   for name in ("step", "test_loss", "test_accuracy", "itop_rate"):
     assert line[name] == last[name]
+
+
+def test_processes_must_read_the_same_step(monkeypatch):
+  steps = np.array([[12], [6]])
+  gather = lambda step: steps
+  monkeypatch.setattr(checkpoints.multihost_utils, "process_allgather", gather)
+  checkpoints._check_agreed(12, [])  # One process.
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(
+    UsageError, match=r"different steps, \[12, 6\]; step 12: x"
+  ):
+    checkpoints._check_agreed(6, ["step 12: x"])
+  steps[1] = 12
+  checkpoints._check_agreed(12, [])
 
 
 def _saved(folder, best_steps, first_step):

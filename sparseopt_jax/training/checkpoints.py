@@ -113,25 +113,27 @@ class Checkpoints:
       The state, or None where there is no checkpoint at all.
 
     Raises:
-      UsageError: If all checkpoints are damaged, or of another network. They
-        are left as they are.
+      UsageError: If all checkpoints are damaged, or of another network, or not
+        every process can read the same. They are left as they are.
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     reasons: list[str] = []
+    state = None
     for step in steps:
       try:
         state = self.read(step, target)
+        break
       except Exception as error:  # Orbax has no one type for a bad file.
         reasons.append(f"step {step}: {first_line(error)}")
-        continue
+    _check_agreed(-1 if state is None else int(state.step), reasons)
+    if state is not None:
       self._move_aside(steps[: len(reasons)], reasons)
-      return state
-    if reasons:
+    elif reasons:
       raise UsageError(
         f"--resume: no checkpoint in {self._folder} can be used; "
         + "; ".join(reasons)
       )
-    return None
+    return state
 
   def read(self, step: int, target: TrainState) -> TrainState:
     """Reads one checkpoint; raises an error of some kind unless it is sound."""
@@ -174,6 +176,18 @@ class Checkpoints:
 def first_line(error: Exception) -> str:
   """What an error of Orbax says, without what it adds."""
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check_agreed(step: int, reasons: list[str]) -> None:
+  """Raises UsageError unless all processes read the same step (-1: none)."""
+  if jax.process_count() == 1:
+    return
+  steps = np.ravel(multihost_utils.process_allgather(np.int32(step)))
+  if np.any(steps != step):
+    raise UsageError(
+      f"--resume: the processes can read different steps, {steps.tolist()}; "
+      + "; ".join(reasons)
+    )
 
 
 def _check_shapes(state: Any, target: Any) -> None:
