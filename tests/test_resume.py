@@ -118,6 +118,30 @@ def test_goes_on_within_an_evaluation(monkeypatch, tmp_path, finished, capsys):
   assert all(line["images_per_second"] > 0 for line in rest)
 
 
+def test_goes_on_from_a_stopped_evaluation_twice(
+  monkeypatch, tmp_path, finished
+):
+  """The second time its line is there, but the checkpoint is from before it."""
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch, test_hook=_signal_at(1))
+  assert train.main(tiny.arguments(parts)) == 143
+
+  def break_down(now, batch):
+    if now == 9:
+      raise RunError("broken down")
+    return batch
+
+  monkeypatch.undo()
+  tiny.use(monkeypatch, break_down)
+  assert train.main(tiny.arguments(parts, resume=True)) == 1
+  assert [line["step"] for line in tiny.metrics(parts)] == [6]
+  assert _steps(parts) == [6]
+  monkeypatch.undo()
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(parts, resume=True)) == 0
+  tiny.assert_same_run(finished, parts)
+
+
 def test_a_folder_is_one_runs_at_a_time(monkeypatch, tmp_path, capsys):
   tiny.use(monkeypatch)
   parts = tmp_path / "parts"

@@ -154,14 +154,20 @@ def test_layers_of_several_dtypes():
     np.testing.assert_array_equal(chosen, [[True, False, False]])
 
 
+def _traced_anew():
+  """`select` as a function that JAX has not seen with other sizes of blocks."""
+  return jax.jit(lambda *args: select.__wrapped__(*args), static_argnums=0)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("large", [0, 2, 24, 10**6])
+# One layer each, one packed layer, two, three groups of several, one group.
+@pytest.mark.parametrize("large", [0, 2, 36, 60, 10**6])
 def test_blocks_of_any_size_select_the_same(large, dtype, monkeypatch):
   with jax.enable_x64(dtype == np.float64):
     expected = [_check(dtype, 7, fraction) for fraction in (0.0, 0.5)]
     monkeypatch.setattr(_blocks, "_LARGE", large)
     monkeypatch.setattr(_blocks, "_ROW", 4)
-    run = jax.jit(select.__wrapped__, static_argnums=0)
+    run = _traced_anew()
     got = [_check(dtype, 7, fraction, run) for fraction in (0.0, 0.5)]
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -169,7 +175,7 @@ def test_blocks_of_any_size_select_the_same(large, dtype, monkeypatch):
 def test_fewer_layers_than_blocks_of_the_least_size(monkeypatch):
   monkeypatch.setattr(_blocks, "_LARGE", 2)
   monkeypatch.setattr(_blocks, "_ROW", 4)
-  run = jax.jit(select.__wrapped__, static_argnums=0)
+  run = _traced_anew()
   layers, eligible = [np.array([3.0, 2.0])], [np.array([True, True])]
   got = run("smallest", layers, eligible, np.array([1], np.int32), WORDS[:1])
   np.testing.assert_array_equal(got[0], [False, True])
@@ -215,7 +221,7 @@ def test_sharded(large, monkeypatch):
   words = jnp.array(WORDS[:2])
   mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
   for name in ("smallest", "largest", "at_random"):
-    run = jax.jit(functools.partial(select.__wrapped__, name))
+    run = functools.partial(_traced_anew(), name)
     place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "x")))
     there = run([place(x) for x in layers], eligible, n, words)
     here = run(layers, eligible, n, words)

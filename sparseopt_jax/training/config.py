@@ -94,7 +94,7 @@ class Config:
   skip_nonfinite: bool = False
   """Leave out steps with NaN or infinity, and count them, instead of ending."""
   workdir: str | None = None
-  """Folder of the run's files [runs/<what is trained>-<time>]."""
+  """Folder of the run's files [runs/<what is trained>-<time>-<id>]."""
   resume: bool = False
   """Go on from the newest intact checkpoint in --workdir, if there is one."""
   keep_checkpoints: int = 3
