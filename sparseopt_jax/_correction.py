@@ -17,92 +17,59 @@ with length 1 on every axis that is not a neuron axis, so that they broadcast.
 """
 
 import math
-import numbers
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from sparseopt_jax import _lax
+from sparseopt_jax._numbers import check, check_type, is_int
 
 Axes = int | tuple[int, ...]
 
 
-def is_int(value: Any) -> bool:
-  """Whether it is a Python or NumPy integer, and not a bool."""
-  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_scalar(value: Any) -> bool:
-  """Whether it is a real number, in an array or not, and not a bool."""
-  if isinstance(value, jax.Array | np.ndarray):
-    kinds = (jnp.floating, jnp.integer)
-    return value.shape == () and any(
-      jnp.issubdtype(value.dtype, kind) for kind in kinds
-    )
-  return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def check_axes(output_axis: Axes) -> tuple[int, ...]:
-  """The neuron axes as a tuple."""
+def input_axes(ndim: int, output_axis: Axes, path: str = "mask") -> tuple:
+  """The axes of a layer that ``output_axis`` does not name, ascending."""
   named = output_axis if isinstance(output_axis, tuple) else (output_axis,)
-  if not named or not all(map(is_int, named)):
-    raise TypeError(
-      f"output_axis must be an int or a tuple of ints; got {output_axis!r}."
-    )
-  return named
-
-
-def input_axes(
-  ndim: int, output_axis: Axes, path: str | None = None
-) -> tuple[int, ...]:
-  """The axes that ``output_axis`` does not name, in ascending order."""
-  named = check_axes(output_axis)
-  where = "" if path is None else f" for {path!r}"
-  if not all(-ndim <= axis < ndim for axis in named):
-    raise ValueError(
-      f"output_axis must name axes of an array with {ndim} of them; got "
-      f"{output_axis!r}{where}."
-    )
-  outputs = {axis % ndim for axis in named}
-  if len(outputs) < len(named):
-    raise ValueError(
-      f"output_axis must name each axis once of an array with {ndim} of them; "
-      f"got {output_axis!r}{where}."
-    )
+  is_axes = named and all(map(is_int, named))
+  check_type(is_axes, "output_axis must be an int or a tuple of ints", named)
+  outputs = {axis % ndim for axis in named if -ndim <= axis < ndim}
+  rule = f"output_axis must name different ones of the {ndim} axes of {path!r}"
+  check(len(outputs) == len(named), rule, output_axis)
   return tuple(axis for axis in range(ndim) if axis not in outputs)
 
 
-def scale_from_fan_in(fan_in: jax.Array, nnz: jax.Array) -> jax.Array:
-  """sqrt(f_i n_out / nnz) in float32, with ``nnz`` the sum of all fan-ins.
+def factors(fan_in: jax.Array, nnz: jax.Array) -> jax.Array:
+  """sqrt(f_i n_out / nnz) of each neuron, in float32.
 
   Counts stay integers until the last step: equal fan-ins give exactly 1.
+
+  Args:
+    fan_in: int32; the neurons of a layer lie along the last axes.
+    nnz: The sum of each layer's fan-ins, over those axes; int32.
   """
-  share = fan_in * fan_in.size
+  neurons = math.prod(fan_in.shape[nnz.ndim :])
+  nnz = jnp.expand_dims(nnz, range(nnz.ndim, fan_in.ndim))
+  share = fan_in * neurons
   ratio = share.astype(jnp.float32) / jnp.maximum(nnz, 1).astype(jnp.float32)
   # Division is not correctly rounded on every accelerator.
   return jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
 
 
-def wide_dtype(dtype: Any) -> np.dtype:
-  """The dtype of floats itself, or float32 if that is wider.
+def rescale(gradient: jax.Array, factor: jax.Array) -> jax.Array:
+  """Multiplies in float32 or wider; returns the gradient's own dtype.
 
-  By NumPy's promotion, since JAX's refuses this where it is set to "strict".
+  Factors that are bools are those of a layer that is not corrected.
   """
-  return np.promote_types(dtype, np.float32)
+  if factor.dtype == jnp.bool_:
+    return gradient
+  wide = _lax.wide_dtype(gradient.dtype)
+  return (gradient.astype(wide) * factor.astype(wide)).astype(gradient.dtype)
 
 
-def rescale(gradient: jax.Array, scale: jax.Array) -> jax.Array:
-  """Multiplies in float32 or wider; returns the gradient's own dtype."""
-  wide = wide_dtype(gradient.dtype)
-  return (gradient.astype(wide) * scale.astype(wide)).astype(gradient.dtype)
-
-
-def _check_mask(mask: jax.Array) -> jax.Array:
+def _as_mask(mask: jax.Array) -> jax.Array:
   mask = jnp.asarray(mask)
-  if mask.dtype != jnp.bool_:
-    raise TypeError(f"mask must be an array of bools; got dtype {mask.dtype}.")
-  if mask.ndim == 0:
-    raise ValueError("mask must have at least one axis; got a scalar.")
+  check_type(mask.dtype == jnp.bool_, "mask must hold bools", mask.dtype)
+  check(mask.ndim, "mask must have an axis and be no scalar", mask)
   return mask
 
 
@@ -135,7 +102,7 @@ def neuron_sparsity(mask: jax.Array, output_axis: Axes = -1) -> jax.Array:
 
   .. seealso:: :func:`sparseopt_jax.correct`
   """
-  mask = _check_mask(mask)
+  mask = _as_mask(mask)
   axes = input_axes(mask.ndim, output_axis)
   fan_in = jnp.sum(mask, axis=axes, dtype=jnp.int32)
   dense = math.prod(mask.shape[axis] for axis in axes)
@@ -189,17 +156,13 @@ def correct(
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in
     Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
   """
-  gradient, mask = jnp.asarray(gradient), _check_mask(mask)
-  if not jnp.issubdtype(gradient.dtype, jnp.floating):
-    raise TypeError(
-      f"gradient must be an array of floats; got dtype {gradient.dtype}."
-    )
-  if gradient.shape != mask.shape:
-    raise ValueError(
-      f"mask must have the gradient's shape {gradient.shape}; got {mask.shape}."
-    )
+  gradient, mask = jnp.asarray(gradient), _as_mask(mask)
+  is_float = jnp.issubdtype(gradient.dtype, jnp.floating)
+  check_type(is_float, "gradient must hold floats", gradient.dtype)
+  rule = f"mask must have the gradient's shape {gradient.shape}"
+  check(gradient.shape == mask.shape, rule, mask.shape)
   axes = input_axes(mask.ndim, output_axis)
-  fan_in = jnp.sum(mask, axis=axes, keepdims=True, dtype=jnp.int32)
-  scale = scale_from_fan_in(fan_in, jnp.sum(fan_in, dtype=fan_in.dtype))
-  scaled = rescale(gradient, scale)
+  fan_in = jnp.sum(mask, axis=axes, dtype=jnp.int32)
+  factor = factors(fan_in, jnp.sum(fan_in, dtype=jnp.int32))
+  scaled = rescale(gradient, jnp.expand_dims(factor, axes))
   return jnp.where(mask, scaled, jnp.zeros_like(scaled))

@@ -2,29 +2,25 @@
 
 from collections.abc import Callable, Mapping
 import math
-import numbers
+from typing import Any
+
+from sparseopt_jax._numbers import check, check_type, is_real
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], Mapping[str, float]]
 
 
-def check_sparsity(sparsity: float) -> None:
-  """Raises unless ``sparsity`` is a Python number in [0, 1)."""
-  if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real):
-    raise TypeError(
-      "sparsity must be a Python number, since it fixes the number of active "
-      f"weights; got {sparsity!r}. Under optax.inject_hyperparams list it in "
-      "static_args."
-    )
-  if not 0.0 <= sparsity < 1.0:
-    raise ValueError(f"sparsity must lie in [0, 1); got {sparsity!r}.")
+def check_sparsity(sparsity: Any) -> None:
+  """Raises unless it is a Python number in [0, 1); it fixes counts."""
+  is_number = is_real(sparsity) and not hasattr(sparsity, "devices")
+  check_type(is_number, "sparsity must be a Python number", sparsity)
+  check(0.0 <= sparsity < 1.0, "sparsity must lie in [0, 1)", sparsity)
 
 
 def _check(shapes: Shapes, sparsity: float) -> None:
   check_sparsity(sparsity)
   for path, shape in shapes.items():
-    if not all(size >= 1 for size in shape):
-      raise ValueError(f"shapes[{path!r}] has no elements; got {shape!r}.")
+    check(min(shape) >= 1, f"shapes[{path!r}] must have elements", shape)
 
 
 def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
@@ -91,66 +87,40 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
   """
   _check(shapes, sparsity)
   sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-  # A layer passes 1 where sum(shape) / size is largest, so in that order.
-  order = sorted(shapes, key=lambda path: sum(shapes[path]) / sizes[path])
   budget = (1.0 - sparsity) * sum(sizes.values())
   share = sum(sum(shape) for shape in shapes.values())
   densities = {}
-  while order:
-    path = order[-1]
-    if budget * sum(shapes[path]) < share * sizes[path]:
-      break
-    densities[order.pop()] = 1.0
-    budget -= sizes[path]
-    share -= sum(shapes[path])
-  for path in order:
-    densities[path] = budget * sum(shapes[path]) / (share * sizes[path])
+  # A layer passes 1 where sum(shape) / size is largest, so in that order.
+  order = sorted(shapes, key=lambda path: sum(shapes[path]) / sizes[path])
+  for path in reversed(order):
+    size, part = sizes[path], sum(shapes[path])
+    is_dense = budget * part >= share * size
+    densities[path] = 1.0 if is_dense else budget * part / (share * size)
+    budget, share = budget - is_dense * size, share - is_dense * part
   return {path: densities[path] for path in shapes}
 
 
-def active_counts(
-  shapes: Shapes, sparsity: float, distribution: str | Distribution
-) -> dict[str, int]:
+def active_counts(shapes: Shapes, sparsity: float, how: Any) -> dict[str, int]:
   """The number of active weights of each layer, at least one."""
-  densities = resolve(distribution)(shapes, sparsity)
-  if not isinstance(densities, Mapping):
-    raise TypeError(
-      f"distribution must return {{path: density}}; got {densities!r}."
-    )
-  if set(densities) != set(shapes):
-    odd = sorted(set(densities) ^ set(shapes))
-    raise ValueError(
-      "distribution must return one density for each sparse leaf; missing or "
-      f"unknown: {odd}."
-    )
-  for path, density in densities.items():
-    is_array = getattr(density, "shape", None) == ()
-    if not (is_array or isinstance(density, numbers.Real)):
-      raise TypeError(
-        f"distribution must return numbers; got {density!r} for {path!r}."
-      )
-    if not 0.0 <= density <= 1.0:
-      raise ValueError(
-        f"distribution must return densities in [0, 1]; got {density!r} for "
-        f"{path!r}."
-      )
-  return {
-    path: max(1, round(densities[path] * math.prod(shape)))
-    for path, shape in shapes.items()
-  }
+  densities = resolve(how)(shapes, sparsity)
+  rule = "distribution must return {path: density} for the paths it was given"
+  check_type(isinstance(densities, Mapping), rule, densities)
+  odd = sorted(densities.keys() ^ shapes.keys())
+  check(not odd, rule, odd)
+  counts = {}
+  for path, shape in shapes.items():
+    rule = f"distribution must return a density in [0, 1] for {path!r}"
+    check_type(is_real(densities[path]), rule, densities[path])
+    check(0.0 <= densities[path] <= 1.0, rule, densities[path])
+    counts[path] = max(1, round(densities[path] * math.prod(shape)))
+  return counts
 
 
-def resolve(distribution: str | Distribution) -> Distribution:
+def resolve(distribution: Any) -> Distribution:
   """The function that a name stands for; functions pass through."""
-  named = {"erk": erk, "uniform": uniform}
   if callable(distribution):
     return distribution
-  message = (
-    "distribution must be 'erk', 'uniform' or a function; got "
-    f"{distribution!r}."
-  )
-  if not isinstance(distribution, str):
-    raise TypeError(message)
-  if distribution not in named:
-    raise ValueError(message)
-  return named[distribution]
+  rule = "distribution must be 'erk', 'uniform' or a function"
+  check_type(isinstance(distribution, str), rule, distribution)
+  check(distribution in ("erk", "uniform"), rule, distribution)
+  return erk if distribution == "erk" else uniform

@@ -1,34 +1,36 @@
 """Exact selection of the n largest scores of each layer, without sorting.
 
+`draw`, `keep_largest` and `drop_and_grow` take all layers of a network.
+
 A score is mapped to an unsigned integer, its key, that orders the same way. The
 n-th largest key of a layer is searched between two bounds: each pass counts the
 keys at or above three thresholds, which leaves a quarter of the interval, and
 the search ends as soon as some threshold has exactly n keys above it.
 
-Arrays are laid out as a `_blocks.Block`; its layers search in one loop. The
+Arrays are laid out as a `_packing.Block`; its layers search in one loop. The
 passes are elementwise up to their reduction to a number, so they give the same
 on one device and on many.
 """
 
-from collections.abc import Callable
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt_jax import _blocks
-from sparseopt_jax import _correction
+from sparseopt_jax import _lax
+from sparseopt_jax import _packing
+from sparseopt_jax._packing import Block
 
 _MAX_ORDER = (1 << 31) - 1
 _ZERO_KEY = 2
 
 
-def random_order(
-  words: tuple[jax.Array, jax.Array], position: jax.Array
-) -> jax.Array:
+def random_order(words: tuple[Array, Array], position: Array) -> Array:
   """A pseudo-random uint32 below 2**31, another one for each position.
 
   The finaliser of MurmurHash3 in 31 bits, keyed twice: a bijection of the
@@ -49,52 +51,16 @@ def random_order(
   return bits
 
 
-def _magnitude(value: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The bits of |value|, in its order but for NaN; and those of infinity."""
-  # In float32 or wider, which is exact, so the order stays.
-  value = value.astype(_correction.wide_dtype(value.dtype))
-  unsigned = jnp.dtype(f"uint{8 * value.dtype.itemsize}")
-  infinity = jnp.asarray(jnp.inf, value.dtype)
-  bits = lax.bitcast_convert_type(value, unsigned)
-  low = jnp.asarray((1 << (8 * unsigned.itemsize - 1)) - 1, unsigned)
-  return bits & low, lax.bitcast_convert_type(infinity, unsigned)
-
-
-def _large_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
-  """In the order of |value|: 0 not eligible, 1 NaN, 2 zero, ..., infinity."""
-  bits, infinity = _magnitude(value)
-  key = jnp.where(bits > infinity, jnp.ones_like(bits), bits + _ZERO_KEY)
-  return jnp.where(eligible, key, 0)
-
-
-def _small_key(value: jax.Array, eligible: jax.Array) -> jax.Array:
-  """Against the order of |value|: 0 not eligible, 1 NaN, 2 infinity, ..."""
-  bits, infinity = _magnitude(value)
-  key = jnp.where(bits > infinity, jnp.ones_like(bits), infinity - bits + 2)
-  return jnp.where(eligible, key, 0)
-
-
-def _max_key(dtype: jnp.dtype) -> jax.Array:
-  """The key of infinity in `_large_key`, of zero in `_small_key`."""
-  infinity = jnp.asarray(jnp.inf, _correction.wide_dtype(dtype))
-  return _magnitude(infinity)[1] + _ZERO_KEY
-
-
 class _Interval(NamedTuple):
   """Where the n-th largest key of each layer lies; each of shape (slots,)."""
 
-  low: jax.Array  # at least n keys reach it
-  high: jax.Array  # fewer than n keys reach it
-  reach_low: jax.Array  # how many do; int32
-  reach_high: jax.Array  # how many do; int32
+  low: Array  # at least n keys reach it
+  high: Array  # fewer than n keys reach it
+  reach_low: Array  # how many do; int32
+  reach_high: Array  # how many do; int32
 
 
-def _search(
-  block: _blocks.Block,
-  keys: Callable[[], jax.Array],
-  n: jax.Array,
-  limit: jax.Array | np.uint32,
-) -> _Interval:
+def _search(block: Block, keys: Any, n: Array, limit: Any) -> _Interval:
   """Narrows to where exactly ``n`` keys reach low, or only low's ties remain.
 
   Args:
@@ -104,7 +70,7 @@ def _search(
     limit: The largest key there can be.
   """
 
-  def is_open(interval: _Interval) -> jax.Array:
+  def is_open(interval: _Interval) -> Array:
     low, high, reach_low, _ = interval
     return jnp.any((high - low > 1) & (reach_low != n))
 
@@ -114,7 +80,7 @@ def _search(
     quarters = 1 + lax.broadcasted_iota(low.dtype, (n.size, 3), 1)
     tried = low[:, None] + step[:, None] * quarters
     key, of_rows = keys(), block.spread(tried)
-    counts = block.count([key >= of_rows[..., i] for i in range(3)])
+    counts = block.counts([key >= of_rows[..., i] for i in range(3)])
     pairs = [(tried[:, i], counts[i]) for i in range(3)]
     for threshold, reached in pairs:
       low = jnp.where(reached >= n, threshold, low)
@@ -127,37 +93,40 @@ def _search(
 
   # All keys reach 0, and none is above the limit: where n is 0, low may have to
   # go as far as limit + 1.
-  start = _Interval(
-    low=jnp.zeros(n.shape, limit.dtype),
-    high=jnp.full(n.shape, limit + 2),
-    reach_low=block.sizes,
-    reach_high=jnp.zeros(n.shape, jnp.int32),
-  )
+  low, none = jnp.zeros(n.shape, limit.dtype), jnp.zeros_like(n)
+  start = _Interval(low, low + (limit + 2), block.rooms, none)
   return lax.while_loop(is_open, narrow, start)
 
 
 def _select(
-  block: _blocks.Block, key: jax.Array, n: jax.Array, limit: jax.Array
-) -> tuple[jax.Array, _Interval]:
-  """The ``n`` largest keys of each layer, of equal ones the first."""
-  found = _search(block, lambda: key, n, limit)
+  block: Block, values: Array, eligible: Array, n: Array, is_backward: bool
+) -> tuple[Array, Array, _Interval]:
+  """The ``n`` of largest magnitude (or smallest), of equal ones the first.
+
+  Returns them with their keys, in the order of magnitude or against it: 0 is
+  not eligible, 1 is NaN, 2 is zero (or infinity), and so on.
+  """
+  # In float32 or wider, which is exact, so the order stays.
+  values = values.astype(_lax.wide_dtype(values.dtype))
+  unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+  top = lax.bitcast_convert_type(jnp.asarray(jnp.inf, values.dtype), unsigned)
+  low_bits = jnp.asarray((1 << (8 * unsigned.itemsize - 1)) - 1, unsigned)
+  bits = lax.bitcast_convert_type(values, unsigned) & low_bits
+  rank = jnp.where(bits > top, 1, (top - bits if is_backward else bits) + 2)
+  key = jnp.where(eligible, rank, 0)
+  found = _search(block, lambda: key, n, top + 2)
   low = block.spread(found.low)
-  end = block.spread(block.sizes.astype(jnp.uint32))
-
-  def ties() -> jax.Array:
-    return jnp.where(key == low, end - block.position(), 0)
-
+  end = block.spread(block.rooms.astype(jnp.uint32))
+  ties = lambda: jnp.where(key == low, end - block.position(), 0)
   # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
-  wanted = jnp.where(tied, n - found.reach_high, block.sizes)
+  wanted = jnp.where(tied, n - found.reach_high, block.rooms)
   most = np.uint32(math.prod(block.shape))
   last = block.spread(_search(block, ties, wanted, most).low)
-  return (key > low) | ((key == low) & (ties() >= last)), found
+  return (key > low) | ((key == low) & (ties() >= last)), key, found
 
 
-def smallest(
-  block: _blocks.Block, values: jax.Array, eligible: jax.Array, n: jax.Array
-) -> jax.Array:
+def smallest(block: Block, values: Array, eligible: Array, n: Array) -> Array:
   """Selects the ``n`` eligible floats of smallest magnitude in each layer.
 
   Ties go to the lowest row-major index; NaN comes last.
@@ -171,21 +140,15 @@ def smallest(
   Returns:
     Bools, exactly ``n`` of a layer true.
   """
-  key = _small_key(values, eligible)
-  return _select(block, key, n, _max_key(values.dtype))[0]
+  return _select(block, values, eligible, n, is_backward=True)[0]
 
 
 def largest(
-  block: _blocks.Block,
-  values: jax.Array,
-  eligible: jax.Array,
-  n: jax.Array,
-  words: jax.Array,
-) -> jax.Array:
+  block: Block, values: Array, eligible: Array, n: Array, words: Array
+) -> Array:
   """Selects the ``n`` eligible floats of largest magnitude in each layer.
 
-  Ties go to the lowest row-major index, but among zeros they are broken at
-  random; NaN comes last.
+  As `smallest`, but ties among zeros are broken at random.
 
   Args:
     block: The layers.
@@ -197,11 +160,10 @@ def largest(
   Returns:
     Bools, exactly ``n`` of a layer true.
   """
-  key = _large_key(values, eligible)
-  chosen, found = _select(block, key, n, _max_key(values.dtype))
+  chosen, key, found = _select(block, values, eligible, n, is_backward=False)
   short = (found.low == _ZERO_KEY) & (found.reach_low > n)
 
-  def choose_zeros() -> jax.Array:
+  def choose_zeros() -> Array:
     zeros = (key == _ZERO_KEY) & block.spread(short)
     wanted = jnp.where(short, n - found.reach_high, 0)
     return jnp.where(zeros, at_random(block, zeros, wanted, words), chosen)
@@ -209,9 +171,7 @@ def largest(
   return lax.cond(jnp.any(short), choose_zeros, lambda: chosen)
 
 
-def at_random(
-  block: _blocks.Block, eligible: jax.Array, n: jax.Array, words: jax.Array
-) -> jax.Array:
+def at_random(block: Block, eligible: Array, n: Array, words: Array) -> Array:
   """Selects ``n`` eligible weights of each layer, all equally likely.
 
   Args:
@@ -230,3 +190,98 @@ def at_random(
   # No two keys are equal, so the search ends with exactly n above low.
   found = _search(block, lambda: key, n, np.uint32(_MAX_ORDER + 1))
   return key >= block.spread(found.low)
+
+
+# --- All layers of a network --------------------------------------------------
+
+
+def call_key(key: Array, count: Array) -> Array:
+  """The random state of one call; uint32 of shape (2,), as ``key``.
+
+  Args:
+    key: uint32 of shape (2,).
+    count: The call of ``update``, from 1 on; 0 for ``init``.
+  """
+  # random_order takes 31 bits of a word; the last of an int seed is kept here.
+  first = key[0] ^ ((key[1] >> 31) << 30)
+  mixed = random_order((first, key[1]), count.astype(jnp.uint32))
+  return jnp.stack([mixed, key[1]])
+
+
+def _layer_words(key: Array, shapes: Any, stacked: Any) -> Array:
+  """The random state of each layer; uint32 of shape (layers, 2)."""
+  # jax.random would take as long to compile as the rest of the selection.
+  pairs = zip(shapes, stacked, strict=True)
+  layers = sum(math.prod(shape[:axes]) for shape, axes in pairs)
+  return random_order((key[0], key[1]), _lax.linear_index((layers, 2)))
+
+
+# Compiled as a whole: outside of jit, init would compile one operation after
+# the other. Tracing init again, as a wrapper does, finds it done.
+@functools.partial(jax.jit, static_argnames=("shapes", "stacked"))
+def draw(key: Array, counts: Array, shapes: Any, stacked: Any) -> list[Array]:
+  """Random masks, all equally likely.
+
+  Args:
+    key: uint32 of shape (2,).
+    counts: The number of active weights of each layer; int32.
+    shapes: Of the leaves.
+    stacked: How many leading axes of each leaf enumerate layers.
+  """
+  # Else XLA would evaluate masks that do not depend on arguments, slowly.
+  key = call_key(lax.optimization_barrier(key), jnp.uint32(0))
+  words = _layer_words(key, shapes, stacked)
+
+  def one(block: Block) -> Array:
+    n, random = block.take(counts), block.take(words)
+    return at_random(block, block.is_layer(), n, random)
+
+  return _packing.by_block(one, shapes, stacked)
+
+
+def keep_largest(values: Any, counts: Array, stacked: Any) -> list[Array]:
+  """Masks of the weights of largest magnitude; ties lose the lowest index.
+
+  Args:
+    values: The weights, leaf by leaf.
+    counts: The number of active weights of each layer; int32.
+    stacked: How many leading axes of each leaf enumerate layers.
+  """
+
+  def one(block: Block, values: Array) -> Array:
+    excess = block.sizes - block.take(counts)
+    return ~smallest(block, values, block.is_layer(), excess)
+
+  shapes = [x.shape for x in values]
+  return _packing.by_block(one, shapes, stacked, values)
+
+
+def drop_and_grow(
+  layers: Any, drop: Any, grow: Any, num_dropped: Any, key: Array
+) -> list[Array]:
+  """The masks of layers that drop active weights and grow as many others.
+
+  Args:
+    layers: What has a ``mask`` and says how many of its axes are ``stacked``.
+    drop: For each, scores of which the active ones of smallest magnitude go.
+    grow: For each, scores of which the inactive ones of largest magnitude come,
+      those just dropped among them; None for random growth.
+    num_dropped: From the number of active weights of some layers, in an int32
+      array, to how many of them are dropped.
+    key: uint32 of shape (2,), fresh for the call.
+  """
+  masks, stacked = [x.mask for x in layers], [x.stacked for x in layers]
+  shapes = [mask.shape for mask in masks]
+  words = _layer_words(key, shapes, stacked)
+
+  def one(block: Block, mask: Array, drop: Array, *grow: Array) -> Array:
+    active, _ = block.counts([mask, ~mask])
+    n, random = num_dropped(active), block.take(words)
+    kept = mask & ~smallest(block, drop, mask, n)
+    free = ~kept & block.is_layer()
+    if not grow:
+      return kept | at_random(block, free, n, random)
+    return kept | largest(block, grow[0], free, n, random)
+
+  columns = [masks, drop] if grow is None else [masks, drop, grow]
+  return _packing.by_block(one, shapes, stacked, *columns)

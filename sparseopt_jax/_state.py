@@ -1,112 +1,190 @@
-"""The state of the link: a byte of status for each weight, and what follows.
+"""The state of the link, and the masks in it."""
 
-Its trees have entries for some leaves of the parameters only, here called the
-sparse ones; the helpers look them up and put them back.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax import _leaves
-
-# Bits of a weight's status.
-ACTIVE = 1  # in the mask
-EXPLORED = 2  # has been in the mask at some time
-CHANGED = 4  # dropped or grown by the last mask update
+from sparseopt_jax import _paths
+from sparseopt_jax._numbers import check
 
 
 class SparseOptState(NamedTuple):
   """State of :func:`sparseopt_jax.sparseopt`.
 
   Trees have the structure of the parameters, with ``optax.MaskedNode()`` in the
-  place of leaves that have no such entry. Per-neuron arrays keep the rank of
-  their leaf, with length 1 on the input axes.
+  place of dense leaves. Tuples have an entry for each sparse leaf. They stand
+  outside that structure, so that a layout of the parameters never falls on
+  arrays of another shape.
   """
 
   # shape=(), dtype=jnp.int32; calls of update so far
   count: jax.Array  # type: ignore[assignment]
-  # shape=(), dtype=jnp.int32; the count, if the last call updated the masks
-  updated_at: jax.Array
   skipped: jax.Array  # shape=(), dtype=jnp.int32; mask updates given up
+  updated: jax.Array  # shape=(), dtype=jnp.bool_; the last call updated masks
   key: jax.Array  # shape=(2,), dtype=jnp.uint32; from the seed
-  status: (
-    optax.Params
-  )  # leaf shape, dtype=jnp.uint8; ACTIVE | EXPLORED | CHANGED
-  fan_in: optax.Params  # per neuron, dtype=jnp.int32
-  correction: optax.Params  # per neuron, dtype=jnp.float32; factors
-  gradient_sum: optax.Params  # leaf shape; RigL with accumulate > 1
+  masks: optax.Params  # leaf shape, dtype=jnp.bool_; true where active
+  # leaf shape, dtype=jnp.uint8; 0 never active, 1 once active, 2 grown by the
+  # last mask update, 3 active before it; () for a topology that is static
+  explored: optax.Params
+  # per neuron, with length 1 on input axes: dtype=jnp.float32, what its
+  # gradient is multiplied by; in a leaf that is not corrected dtype=jnp.bool_,
+  # whether it has an active weight
+  factors: tuple[jax.Array, ...]
+  topology_state: tuple[Any, ...]  # what the topology keeps, likewise
 
 
-class SettledState(SparseOptState):
-  """A state that has made the mask update of the call under way.
+def explored_at_first(masks: optax.Params) -> optax.Params:
+  """What was explored by the first masks: the active weights."""
+  return jax.tree.map(lambda x: jnp.where(x, np.uint8(3), np.uint8(0)), masks)
 
-  ``keep_params_sparse`` passes it to the link, which then corrects the gradient
-  and leaves the state as it is.
+
+def settled(state: SparseOptState) -> optax.Params:
+  """The masks, without the weights that the last call has grown.
+
+  Read from one array of bytes: XLA would store the conjunction of two, and
+  reads bools slowly on a CPU.
+  """
+  if not jax.tree.leaves(state.explored):
+    return jax.tree.map(lambda mask: mask.astype(jnp.uint8) > 0, state.masks)
+  bits = jnp.where(state.updated, np.uint8(3), np.uint8(2))
+  return jax.tree.map(lambda x: (x & bits) == bits, state.explored)
+
+
+def zero_unless(masks: optax.Params, tree: Any) -> Any:
+  """The values under the masks, exactly 0 elsewhere; abstract ones too."""
+  is_abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+  one = lambda mask, x: x if is_abstract(x) else jnp.where(mask, x, 0)
+  return map_sparse(one, masks, tree)
+
+
+def map_sparse(function: Any, masks: Any, tree: Any, *rest: Any) -> Any:
+  """Applies a function of mask and values; where there is none, ``tree``."""
+  is_none = _paths.is_masked_node
+  one = lambda mask, x, *ys: x if is_none(mask) else function(mask, x, *ys)
+  return jax.tree.map(one, masks, tree, *rest, is_leaf=is_none)
+
+
+def find_states(opt_state: optax.OptState, stacks: bool = False) -> list[Any]:
+  """All SparseOptStates in an optimiser state; at least one.
+
+  Orbax restores a NamedTuple as a dict where it is given no target.
+
+  Args:
+    opt_state: The state.
+    stacks: Whether it may be a stack of the states of several networks.
   """
 
-
-def has_bits(status: jax.Array, bits: int) -> jax.Array:
-  return (status & np.uint8(bits)) != 0
-
-
-def just_updated(state: SparseOptState) -> jax.Array:
-  # Where it is never set, the compiler sees that the first part is false.
-  return (state.updated_at >= 0) & (state.updated_at == state.count)
-
-
-def settled_bits(fresh: jax.Array) -> jax.Array:
-  """What `is_settled` has to look at; ``fresh`` says that masks are new."""
-  return jnp.where(fresh, np.uint8(ACTIVE | CHANGED), np.uint8(ACTIVE))
-
-
-def is_settled(status: jax.Array, bits: jax.Array) -> jax.Array:
-  """Active, and not changed where ``bits`` ask for that."""
-  return (status & bits) == ACTIVE
+  names = set(SparseOptState._fields)
+  is_dict = lambda x: isinstance(x, Mapping) and set(x) == names
+  is_state = lambda x: isinstance(x, SparseOptState) or is_dict(x)
+  nodes = filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state))
+  found = [SparseOptState(**x) if is_dict(x) else x for x in nodes]
+  rule = "opt_state must hold a SparseOptState, as sparsify and sparseopt have"
+  check(found, rule, type(opt_state))
+  paths = [path for state in found for path in _paths.names(state.masks)]
+  check(len(paths) == len({*paths}), "opt_state must mask a leaf once", paths)
+  rule = "opt_state must be that of one network, else use jax.vmap"
+  check(stacks or not any(map(num_stacked, found)), rule, found[0].count)
+  return found
 
 
-def _flatten(status: Any) -> tuple[list, Any]:
-  """Leaves, MaskedNode among them, and the structure of the parameters."""
-  return jax.tree.flatten(status, is_leaf=_leaves.is_masked_node)
+def num_stacked(state: SparseOptState) -> int:
+  """Over how many axes ``jax.vmap`` or ``jax.pmap`` stacked the state."""
+  return jnp.ndim(jax.tree.leaves(state.count)[0])
 
 
-def sparse_only(status: Any, tree: Any) -> list:
-  """The entries of ``tree`` at the sparse leaves."""
-  flags, treedef = _flatten(status)
-  pairs = zip(flags, treedef.flatten_up_to(tree), strict=True)
-  return [x for flag, x in pairs if not _leaves.is_masked_node(flag)]
+def get_masks(opt_state: optax.OptState) -> optax.Params:
+  """Returns the masks in an optimiser state.
 
+  Args:
+    opt_state: A state that holds a :class:`sparseopt_jax.SparseOptState` at any
+      depth, or several over different leaves; or that state itself.
 
-def put_sparse(tree: Any, status: Any, values: Sequence[Any]) -> Any:
-  """``tree`` with other entries at the sparse leaves, where it has one."""
-  flags, treedef = _flatten(status)
-  rest = iter(values)
-  new = [f if _leaves.is_masked_node(f) else next(rest) for f in flags]
-  pairs = zip(treedef.flatten_up_to(tree), new, strict=True)
-  return treedef.unflatten(
-    [old if _leaves.is_masked_node(old) else value for old, value in pairs]
-  )
+  Returns:
+    The parameters' structure with a bool array in the shape of each sparse
+    leaf, true where a weight is active, and ``optax.MaskedNode()`` for the
+    others. ``sparsify(..., masks=...)`` starts from it.
 
+  Raises:
+    ValueError: If the state holds no SparseOptState.
 
-def once(
-  predicate: jax.Array | bool, body: Callable[[Any], Any], operand: Any
-) -> Any:
-  """Applies ``body`` if ``predicate``, in the operand's own buffers.
+  Examples:
 
-  A loop of at most one round. Unlike ``lax.cond`` it updates its operand in
-  place, and under ``vmap`` it runs only if an instance needs it. No loop where
-  the predicate is known while tracing.
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.75, corrected=True)
+    >>> opt_state = tx.init({'kernel': jnp.ones((2, 4)), 'bias': jnp.zeros(4)})
+    >>> masks = sparseopt_jax.get_masks(opt_state)
+    >>> print(masks['kernel'].sum(), masks['bias'])
+    2 MaskedNode()
   """
-  if isinstance(predicate, bool):
-    # Compiled as the loop below would be, in a call that is not jitted too.
-    return jax.jit(body)(operand) if predicate else operand
-  return lax.while_loop(
-    lambda carry: carry[0],
-    lambda carry: (jnp.zeros_like(carry[0]), body(carry[1])),
-    (predicate, operand),
-  )[1]
+  states = find_states(opt_state, stacks=True)
+  return functools.reduce(_merge, [state.masks for state in states])
+
+
+def _merge(one: Any, other: Any) -> Any:
+  """Two trees of masks as one; a MaskedNode may stand for a whole subtree."""
+  is_none = lambda x: x is None or _paths.is_masked_node(x)  # None by Orbax.
+  if is_none(one) or is_none(other):
+    return other if is_none(one) else one
+  treedef: Any
+  nodes, treedef = jax.tree.flatten(one, is_leaf=lambda x: x is not one)
+  return treedef.unflatten(map(_merge, nodes, treedef.flatten_up_to(other)))
+
+
+def apply_masks(params: optax.Params, opt_state: optax.OptState) -> Any:
+  """Returns the parameters with zeros outside the masks.
+
+  Call it once after ``init``, so that the first forward pass is sparse. With
+  the bare link, without :func:`sparseopt_jax.sparsify` around the optimiser,
+  call it after each ``optax.apply_updates`` as well; right after a mask update
+  it also puts the grown weights to 0, which leftover momentum may have moved.
+
+  Args:
+    params: Parameters. Masks are matched by path, so a container of another
+      type than the one that the state was made for will do.
+    opt_state: A state that holds a :class:`sparseopt_jax.SparseOptState`, or
+      several over different leaves.
+
+  Returns:
+    The parameters, exactly 0 where a mask is false, by selection: what stood
+    there before, NaN included, does not matter.
+
+  Raises:
+    ValueError: If the state holds no SparseOptState, or its masks do not fit
+      the parameters; for a state of several devices or instances, use
+      ``jax.vmap``.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> params = {'kernel': jnp.ones((2, 4)), 'bias': jnp.ones(4)}
+    >>> tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.75, corrected=True)
+    >>> params = sparseopt_jax.apply_masks(params, tx.init(params))
+    >>> print(params['kernel'].sum(), params['bias'].sum())
+    2.0 4.0
+  """
+  masks: dict[str, jax.Array] = {}
+  for state in find_states(opt_state):
+    values = jax.tree.leaves(settled(state))
+    masks |= dict(zip(_paths.names(state.masks), values, strict=True))
+  unknown = masks.keys() - set(_paths.names(params))
+  check(not unknown, "params must hold a leaf for each mask", sorted(unknown))
+
+  def one(path: tuple, leaf: Any) -> Any:
+    mask = masks.get(_paths.name(path))
+    if mask is None:
+      return leaf
+    rule = f"params must have shape {mask.shape} at {_paths.name(path)!r}"
+    check(jnp.shape(leaf) == mask.shape, rule, jnp.shape(leaf))
+    return jnp.where(mask, leaf, 0)
+
+  return jax.tree_util.tree_map_with_path(one, params)

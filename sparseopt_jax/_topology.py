@@ -1,107 +1,168 @@
-"""How masks change during training: static masks, SET and RigL.
+"""How masks change during training: the protocol, Static, SET and RigL."""
 
-A mask update drops the active weights of smallest magnitude and grows as many
-inactive ones, so that the number of active weights of each layer stays what it
-was.
-"""
-
+from collections.abc import Sequence
 import dataclasses
+import functools
 import math
-import numbers
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sparseopt_jax import _blocks
 from sparseopt_jax import _correction
 from sparseopt_jax import _selection
-
-# Calls are counted in int32.
-_MAX_COUNT = 2**31 - 1
+from sparseopt_jax._numbers import check, check_type, is_int, is_real
 
 
-def _check_integer(name: str, value: int, least: int) -> None:
-  if not _correction.is_int(value):
-    raise TypeError(f"{name} must be an int; got {value!r}.")
-  if not least <= value <= _MAX_COUNT:
-    raise ValueError(f"{name} must lie in [{least}, 2**31 - 1]; got {value!r}.")
+class Layer(NamedTuple):
+  """A sparse leaf of the parameters, and all that belongs to it.
+
+  Layers that are stacked in a leaf come together: ``stacked`` of its leading
+  axes enumerate them, and each slice is a layer of its own.
+  """
+
+  path: str  # such as 'Conv_0/kernel'
+  place: int  # among all leaves of the parameters
+  stacked: int
+  input_axes: tuple[int, ...]  # a neuron's inputs lie along these
+  target: np.ndarray  # shape[:stacked], int32; active weights as asked for
+  corrected: bool
+  weight: jax.Array  # leaf shape; as passed to init or update
+  mask: Any = None  # leaf shape, dtype=jnp.bool_; before a mask update
+  gradient: Any = None  # leaf shape; as passed to update, None in init
+  factor: Any = None  # per neuron, length 1 on input_axes; as in the state
+  state: Any = ()  # what the topology keeps for it
+
+  @property
+  def active(self) -> jax.Array:
+    """The number of active weights; shape[:stacked], dtype=jnp.int32."""
+    axes = tuple(range(self.stacked, self.mask.ndim))
+    return jnp.sum(self.mask, axis=axes, dtype=jnp.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-  """Static sparse training: the same masks from start to end.
+@runtime_checkable
+class Topology(Protocol):
+  """When masks change, and to what; for topologies of one's own.
+
+  In a call of ``update`` the link asks, in this order: `is_due` with the count
+  of the call, `observe` for each layer, and, where masks are due and all
+  gradients and states are finite, `update_masks` for all layers at once. All
+  of it is traced. Most topologies inherit from one that is there and change
+  what they need.
 
   Examples:
 
+    RigL that never takes a neuron its last input: the largest weight of each
+    neuron is dropped after all others.
+
+    >>> import jax.numpy as jnp
     >>> import sparseopt_jax
-    >>> tx = sparseopt_jax.sparseopt(0.9, sparseopt_jax.Static())
+    >>> class KeepAlive(sparseopt_jax.RigL):
+    ...
+    ...   def drop_scores(self, layer):
+    ...     size = jnp.where(layer.mask, jnp.abs(layer.weight), -1)
+    ...     top = size.max(layer.input_axes, keepdims=True)
+    ...     return jnp.where(size == top, jnp.inf, size)
+    >>> tx = sparseopt_jax.sparseopt(
+    ...   0.9, KeepAlive(update_until=30_000), corrected=True
+    ... )
+
+    RigL that grows by a running mean of the gradient, which it keeps for each
+    layer as its state.
+
+    >>> class GrowByMean(sparseopt_jax.RigL):
+    ...
+    ...   def init(self, layer):
+    ...     return jnp.zeros_like(layer.weight)
+    ...
+    ...   def observe(self, layer, count):
+    ...     return 0.9 * layer.state + 0.1 * layer.gradient
+    ...
+    ...   def grow_scores(self, layer):
+    ...     return layer.state
+
+    From nothing: in every tenth call, each layer moves its mask by one place.
+
+    >>> class Rotate(sparseopt_jax.Topology):
+    ...
+    ...   def is_due(self, count):
+    ...     return (count > 0) & (count % 10 == 0)
+    ...
+    ...   def update_masks(self, layers, count, key):
+    ...     return [jnp.roll(layer.mask, 1) for layer in layers]
+    >>> tx = sparseopt_jax.sparseopt(0.9, Rotate(), corrected=True)
   """
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dynamic:
-  """When masks are updated and how much of them changes."""
-
-  update_until: int
-  update_every: int = 100
-  drop_fraction: float | optax.Schedule = 0.3
-
-  def __post_init__(self) -> None:
-    _check_integer("update_until", self.update_until, 0)
-    _check_integer("update_every", self.update_every, 1)
-    if callable(self.drop_fraction):
-      return
-    if isinstance(self.drop_fraction, bool) or not isinstance(
-      self.drop_fraction, numbers.Real
-    ):
-      raise TypeError(
-        "drop_fraction must be a float or a schedule; got "
-        f"{self.drop_fraction!r}."
-      )
-    if not 0.0 <= float(self.drop_fraction) <= 1.0:
-      raise ValueError(
-        f"drop_fraction must lie in [0, 1]; got {self.drop_fraction!r}."
-      )
 
   def is_due(self, count: Any) -> Any:
     """Whether the call with this 0-based count updates the masks.
 
     Args:
-      count: An int, or an array.
+      count: An int, or an int32 array.
 
     Returns:
-      A bool, or an array of bools.
+      A bool, or an array of bools. The Python bool ``False``, whatever the
+      count, if masks never change: then no branch is compiled.
     """
-    multiple = (count > 0) & (count % self.update_every == 0)
-    return multiple & (count < self.update_until)
+    return False
 
-  def fraction(self, count: jax.Array) -> jax.Array:
-    """The fraction of active weights to drop; float32 in [0, 1]."""
-    if callable(self.drop_fraction):
-      given = self.drop_fraction(count)
-      if not _correction.is_scalar(given):
-        raise TypeError(
-          f"drop_fraction must be a schedule of a scalar; got {given!r}."
-        )
-      fraction = jnp.asarray(given, jnp.float32)
-    else:
-      # Not beyond T, where the cosine rises again.
-      count = jnp.minimum(count, self.update_until)
-      angle = jnp.float32(math.pi) * count.astype(jnp.float32)
-      angle /= jnp.float32(max(self.update_until, 1))
-      fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
-    return jnp.clip(fraction, 0.0, 1.0)
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """The new mask of each layer.
 
-  def drop_counts(self, count: jax.Array, nnz: jax.Array) -> jax.Array:
-    """floor(f * nnz), the product in float32; int32, at most nnz."""
-    product = self.fraction(count) * nnz.astype(jnp.float32)
-    return jnp.minimum(jnp.floor(product).astype(jnp.int32), nnz)
+    Args:
+      layers: The sparse leaves, in the order of the parameters.
+      count: The 0-based count of the call; int32.
+      key: Fresh for this call; uint32 of shape (2,), as of
+        ``jax.random.PRNGKey``.
+
+    Returns:
+      Bools in the shape of each leaf. As many of them true as before, unless
+      the topology is meant to change the sparsity.
+    """
+    return [layer.mask for layer in layers]
+
+  def init(self, layer: Layer) -> Any:
+    """What to keep for a layer between calls; nothing by default.
+
+    Args:
+      layer: The layer, without gradient and state.
+
+    Returns:
+      A pytree of arrays.
+    """
+    return ()
+
+  def observe(self, layer: Layer, count: jax.Array) -> Any:
+    """The layer's state after a call, masks due or not; by default the same.
+
+    Args:
+      layer: The layer, with the state before.
+      count: The 0-based count of the call; int32.
+
+    Returns:
+      A pytree as `init` gave it.
+    """
+    return layer.state
 
 
 @dataclasses.dataclass(frozen=True)
-class SET(_Dynamic):
+class Static(Topology):
+  """Static sparse training: the same masks from start to end.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparseopt(
+    ...   0.9, sparseopt_jax.Static(), corrected=True
+    ... )
+  """
+
+
+@dataclasses.dataclass(frozen=True)
+class SET(Topology):
   r"""Sparse Evolutionary Training: drop by magnitude, grow at random.
 
   On every call whose 0-based count :math:`t` is a positive multiple of
@@ -130,7 +191,7 @@ class SET(_Dynamic):
 
     >>> import sparseopt_jax
     >>> topology = sparseopt_jax.SET(update_until=30_000)
-    >>> tx = sparseopt_jax.sparseopt(0.9, topology)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology, corrected=True)
 
   References:
     Mocanu et al., `Scalable training of artificial neural networks with
@@ -138,9 +199,68 @@ class SET(_Dynamic):
     <https://arxiv.org/abs/1707.04780>`_, 2018
   """
 
+  update_until: int
+  update_every: int = 100
+  drop_fraction: float | optax.Schedule = 0.3
+
+  def __post_init__(self) -> None:
+    for name, least in {"update_until": 0, "update_every": 1}.items():
+      value = getattr(self, name)
+      check_type(is_int(value), f"{name} must be an int", value)
+      # Calls are counted in int32.
+      rule = f"{name} must lie in [{least}, 2**31 - 1]"
+      check(least <= value < 2**31, rule, value)
+    given = self.drop_fraction
+    if not callable(given):
+      rule = "drop_fraction must be a number in [0, 1], or a schedule"
+      check_type(is_real(given), rule, given)
+      check(0.0 <= given <= 1.0, rule, given)
+
+  def is_due(self, count: Any) -> Any:
+    """Whether the call with this 0-based count updates the masks."""
+    multiple = (count > 0) & (count % self.update_every == 0)
+    return multiple & (count < self.update_until)
+
+  def fraction(self, count: jax.Array) -> jax.Array:
+    """The fraction of active weights to drop; float32 in [0, 1]."""
+    if callable(self.drop_fraction):
+      given = self.drop_fraction(count)
+      check_type(is_real(given), "drop_fraction must give a scalar", given)
+      fraction = jnp.asarray(given, jnp.float32)
+    else:
+      # Not beyond T, where the cosine rises again.
+      count = jnp.minimum(count, self.update_until)
+      angle = jnp.float32(math.pi) * count.astype(jnp.float32)
+      angle /= jnp.float32(max(self.update_until, 1))
+      fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
+    return jnp.clip(fraction, 0.0, 1.0)
+
+  def num_dropped(self, count: jax.Array, active: jax.Array) -> jax.Array:
+    """floor(f * nnz), the product in float32; int32, at most nnz."""
+    product = self.fraction(count) * active.astype(jnp.float32)
+    return jnp.minimum(jnp.floor(product).astype(jnp.int32), active)
+
+  def drop_scores(self, layer: Layer) -> jax.Array:
+    """The active weights of smallest magnitude here are dropped."""
+    return layer.weight
+
+  def grow_scores(self, layer: Layer) -> jax.Array | None:
+    """The inactive weights of largest magnitude here grow; None: at random."""
+    return None
+
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """Drops and grows the same number of weights in each layer."""
+    drop = list(map(self.drop_scores, layers))
+    grow = list(map(self.grow_scores, layers))
+    n = functools.partial(self.num_dropped, count)
+    scores = None if grow[0] is None else grow
+    return _selection.drop_and_grow(layers, drop, scores, n, key)
+
 
 @dataclasses.dataclass(frozen=True)
-class RigL(_Dynamic):
+class RigL(SET):
   r"""RigL: drop by magnitude, grow where the dense gradient is largest.
 
   As :class:`sparseopt_jax.SET`, but of the inactive weights those of largest
@@ -158,9 +278,6 @@ class RigL(_Dynamic):
       :math:`f(t)` itself, a scalar; it is clipped to [0, 1].
     grow_from: ``'raw'`` takes the gradient as it comes, ``'corrected'``
       rescales it as the weights' own gradient is, which explores less.
-    accumulate: Growth scores come from the mean gradient of this many calls,
-      the mask update's own the last of them. More than 1 stores one more float
-      for each weight.
 
   Raises:
     TypeError: If an argument has the wrong type.
@@ -170,7 +287,7 @@ class RigL(_Dynamic):
 
     >>> import sparseopt_jax
     >>> topology = sparseopt_jax.RigL(update_until=30_000)
-    >>> tx = sparseopt_jax.sparseopt(0.9, topology)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology, corrected=True)
 
   References:
     Evci et al., `Rigging the Lottery: Making All Tickets Winners
@@ -178,79 +295,14 @@ class RigL(_Dynamic):
   """
 
   grow_from: str = "raw"
-  accumulate: int = 1
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.grow_from not in ("raw", "corrected"):
-      raise ValueError(
-        f"grow_from must be 'raw' or 'corrected'; got {self.grow_from!r}."
-      )
-    _check_integer("accumulate", self.accumulate, 1)
-    if self.accumulate > self.update_every:
-      raise ValueError(
-        f"accumulate must be at most update_every={self.update_every}; got "
-        f"{self.accumulate!r}."
-      )
+    is_known = self.grow_from in ("raw", "corrected")
+    check(is_known, "grow_from must be 'raw' or 'corrected'", self.grow_from)
 
-  def in_window(self, count: jax.Array) -> jax.Array:
-    """Whether the call's gradient counts towards the next mask update."""
-    ahead = -count % self.update_every
-    return (ahead < self.accumulate) & self.is_due(count + ahead)
-
-  def opens_window(self, count: jax.Array) -> jax.Array:
-    """Whether the call is the first of its window."""
-    return -count % self.update_every == self.accumulate - 1
-
-
-Topology = Static | SET | RigL
-
-
-def check(topology: Topology) -> None:
-  if not isinstance(topology, Static | SET | RigL):
-    raise TypeError(
-      f"topology must be a Static, SET or RigL; got {topology!r}."
-    )
-
-
-def random_words(key: jax.Array, count: jax.Array, layers: int) -> jax.Array:
-  """The random state of each layer's selection; uint32 of shape (layers, 2).
-
-  Args:
-    key: uint32 of shape (2,).
-    count: The call of ``update`` that it is for, from 1 on; 0 for ``init``.
-    layers: The number of layers.
-  """
-  # jax.random would take as long to compile as the rest of the selection.
-  position = _blocks.linear_index((layers, 2))
-  # random_order takes 31 bits of a word; the last of an int seed is kept here.
-  first = key[0] ^ ((key[1] >> 31) << 30)
-  by_call = _selection.random_order((first, key[1]), count.astype(jnp.uint32))
-  return _selection.random_order((by_call, key[1]), position)
-
-
-def update_masks(
-  block: _blocks.Block,
-  masks: jax.Array,
-  weights: jax.Array,
-  scores: jax.Array | None,
-  n: jax.Array,
-  words: jax.Array,
-) -> jax.Array:
-  """Drops and grows ``n`` weights of each layer in a block.
-
-  Args:
-    block: The layers.
-    masks: Bools, true where a weight is active.
-    weights: The weights, of which the active with smallest magnitude go.
-    scores: What to grow by, largest magnitude first; None to grow at random.
-    n: int32 of shape (slots,).
-    words: Random state of shape (slots, 2).
-
-  Returns:
-    The new masks, each with as many active weights as the old.
-  """
-  kept = masks & ~_selection.smallest(block, weights, masks, n)
-  if scores is None:
-    return kept | _selection.at_random(block, ~kept, n, words)
-  return kept | _selection.largest(block, scores, ~kept, n, words)
+  def grow_scores(self, layer: Layer) -> jax.Array:
+    """The gradient, raw or corrected."""
+    if self.grow_from == "corrected":
+      return _correction.rescale(layer.gradient, layer.factor)
+    return layer.gradient

@@ -5,63 +5,37 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax import _blocks
 from sparseopt_jax import _correction
 from sparseopt_jax import _distributions
-from sparseopt_jax import _leaves
+from sparseopt_jax import _lax
+from sparseopt_jax import _masks
 from sparseopt_jax import _selection
+from sparseopt_jax import _sharding
 from sparseopt_jax import _state
-from sparseopt_jax import _topology
-from sparseopt_jax._state import SettledState
+from sparseopt_jax._numbers import check, check_type, is_bool, is_int
 from sparseopt_jax._state import SparseOptState
-
-
-def _check_seed(seed: Any) -> None:
-  if _correction.is_int(seed):
-    if not -(2**63) <= seed < 2**63:
-      raise ValueError(f"seed must lie in [-2**63, 2**63); got {seed!r}.")
-  elif not (isinstance(seed, jax.Array | np.ndarray) and _is_key(seed)):
-    raise TypeError(f"seed must be an int or a key; got {seed!r}.")
-
-
-def _is_key(array: jax.Array | np.ndarray) -> bool:
-  """Whether it is a key, the data of one, or an integer."""
-  if array.shape == (2,):
-    return array.dtype == jnp.uint32
-  return array.shape == () and (
-    jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-    or jnp.issubdtype(array.dtype, jnp.integer)
-  )
+from sparseopt_jax._topology import Layer, Static, Topology
 
 
 def _key_data(seed: Any) -> jax.Array:
-  """Two uint32 from an int or a key of any implementation."""
-  if _correction.is_int(seed):
+  """Two uint32 from an int, or from a key of any implementation."""
+  if is_int(seed):
+    check(-(2**63) <= seed < 2**63, "seed must lie in [-2**63, 2**63)", seed)
     # JAX takes 32 or 64 bits of it, as jax_enable_x64 says.
     low = (1 << 32) - 1
     return jnp.array([(seed >> 32) & low, seed & low], jnp.uint32)
-  if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-    return jax.random.bits(seed, (2,), jnp.uint32)
-  if seed.shape == (2,):
+  shape, dtype = getattr(seed, "shape", None), getattr(seed, "dtype", object)
+  if shape == (2,) and dtype == jnp.uint32:
     return jnp.array(seed)  # A copy: the state may be donated.
+  if shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return jax.random.bits(seed, (2,), jnp.uint32)
+  is_array = shape == () and jnp.issubdtype(dtype, jnp.integer)
+  check_type(is_array, "seed must be an int or a key", seed)
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-
-
-def _place(array: jax.Array, leaf: Any) -> jax.Array:
-  """Lays an array out as its parameter, if that is known by now."""
-  if isinstance(leaf, jax.core.Tracer):
-    if _leaves.explicit_mesh(leaf) is None:
-      return array
-    return jax.sharding.reshard(array, jax.typeof(leaf).sharding)
-  # An array put on a device is bound to it; one that is not must stay free.
-  if isinstance(leaf, jax.Array) and leaf.committed:
-    return jax.device_put(array, leaf.sharding)
-  return array
 
 
 def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
@@ -82,227 +56,49 @@ def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
   return jnp.all(jnp.stack([jnp.isfinite(x) for x in largest]))
 
 
-def _scaled(gradient: jax.Array, scale: Any) -> jax.Array:
-  if _leaves.is_masked_node(scale):
-    return gradient
-  return _correction.rescale(jnp.asarray(gradient), scale)
-
-
-def _growth_scores(
-  topology: _topology.SET | _topology.RigL,
-  state: SparseOptState,
-  gradients: Any,
-) -> list[jax.Array] | None:
-  if isinstance(topology, _topology.SET):
-    return None
-  source = state.gradient_sum if topology.accumulate > 1 else gradients
-  scores = _state.sparse_only(state.status, source)
-  if topology.grow_from == "corrected":
-    scales = _state.sparse_only(state.status, state.correction)
-    scores = [_scaled(g, d) for g, d in zip(scores, scales, strict=True)]
-  return scores
-
-
 # Traced once for each shape and not for each layer.
-@functools.partial(jax.jit, static_argnames="axes")
-def _neurons(mask: jax.Array, axes: tuple[int, ...]) -> tuple:
-  """The fan-in of each neuron and the factor of its gradient.
-
-  Args:
-    mask: Bools.
-    axes: The input axes.
-  """
-  fan_in, rest = _blocks.counts([mask, ~mask], axes)
-  nnz, all_rest = _blocks.sums([fan_in, rest], range(fan_in.ndim))
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _factors(mask: Any, axes: Any, stacked: int, corrected: bool) -> jax.Array:
+  """The factor of each neuron; if not corrected, whether it is alive."""
+  fan_in, rest = _lax.counts([mask, ~mask], axes)
+  nnz, all_rest = _lax.sums([fan_in, rest], range(stacked, fan_in.ndim))
   # This adds 0. Were the active weights all that is used, counting them would
   # be slow.
   nnz += jnp.minimum(all_rest, 0)
-  scale = _correction.scale_from_fan_in(fan_in, nnz)
-  return jnp.expand_dims(fan_in, axes), jnp.expand_dims(scale, axes)
+  factors = jnp.expand_dims(_correction.factors(fan_in, nnz), axes)
+  return factors if corrected else factors > 0
 
 
-# Compiled as a whole: outside of jit, init would compile one operation after
-# the other. Tracing init again, as a wrapper does, finds it done.
-@functools.partial(jax.jit, static_argnames="shapes")
-def _random_masks(
-  key_data: jax.Array, counts: jax.Array, shapes: tuple[tuple[int, ...], ...]
-) -> list[jax.Array]:
-  """One mask for each shape, with so many active weights."""
-  # Else XLA would evaluate masks that do not depend on arguments, slowly.
-  key = lax.optimization_barrier(key_data)
-  words = _topology.random_words(key, jnp.uint32(0), len(shapes))
-
-  def draw(block: _blocks.Block) -> jax.Array:
-    return _selection.at_random(
-      block, block.is_layer(), block.take(counts), block.take(words)
-    )
-
-  return _blocks.block_by_block(shapes, draw)
+def _factor(layer: Layer, mask: jax.Array) -> jax.Array:
+  return _factors(mask, layer.input_axes, layer.stacked, layer.corrected)
 
 
-@functools.partial(jax.jit, static_argnames="axes")
-def _initial_state(
-  mask: jax.Array, axes: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Status, fan-in and scale of a layer with this mask."""
-  fan_in, scale = _neurons(mask, axes)
-  status = jnp.where(
-    mask, np.uint8(_state.ACTIVE | _state.EXPLORED), np.uint8(0)
-  )
-  return status, fan_in, scale
+def _new_masks(topology: Any, layers: Any, state: SparseOptState) -> Any:
+  """The state with the masks that the topology gives."""
+  like: Any = jax.tree.structure(state.masks)
+  key = _selection.call_key(state.key, optax.safe_increment(state.count))
+  masks = topology.update_masks(layers, state.count, key)
 
+  def mark(before: jax.Array, old: Layer, mask: jax.Array) -> jax.Array:
+    once = jnp.minimum(before, np.uint8(1))
+    return jnp.where(mask, old.mask.astype(jnp.uint8) + np.uint8(2), once)
 
-def _new_status(status: jax.Array, new_mask: jax.Array) -> jax.Array:
-  changed = new_mask != _state.has_bits(status, _state.ACTIVE)
-  return (
-    (status & np.uint8(_state.EXPLORED))
-    | jnp.where(
-      new_mask, np.uint8(_state.ACTIVE | _state.EXPLORED), np.uint8(0)
-    )
-    | jnp.where(changed, np.uint8(_state.CHANGED), np.uint8(0))
-  )
-
-
-def _update_masks(
-  topology: _topology.SET | _topology.RigL,
-  state: SparseOptState,
-  gradients: Any,
-  params: Any,
-) -> SparseOptState:
-  """Drops and grows in every sparse layer, if all gradients are finite."""
-  finite = _all_finite(jax.tree.leaves((gradients, state.gradient_sum)))
-  status = _state.sparse_only(state.status, state.status)
-  weights = _state.sparse_only(state.status, params)
-  scores = _growth_scores(topology, state, gradients)
-  count = optax.safe_increment(state.count)
-  words = _topology.random_words(state.key, count, len(status))
-
-  def change(
-    block: _blocks.Block, old: jax.Array, weights: jax.Array, *scores: jax.Array
-  ) -> jax.Array:
-    mask = _state.has_bits(old, _state.ACTIVE)
-    active, _ = block.count([mask, ~mask])
-    new_mask = _topology.update_masks(
-      block,
-      mask,
-      weights,
-      scores[0] if scores else None,
-      topology.drop_counts(state.count, active - block.padding),
-      block.take(words),
-    )
-    return jnp.where(finite, _new_status(old, new_mask), old)
-
-  # Padding is active, so it never grows, and NaN, so it is dropped last.
-  columns: list[_blocks.Column] = [(status, _state.ACTIVE), (weights, jnp.nan)]
-  if scores is not None:
-    columns.append((scores, 0.0))
-  shapes = [s.shape for s in status]
-  new_status = _blocks.block_by_block(shapes, change, *columns)
-  return state._replace(
-    updated_at=jnp.where(finite, count, state.updated_at),
-    skipped=state.skipped + (~finite).astype(jnp.int32),
-    status=_state.put_sparse(state.status, state.status, new_status),
-  )
-
-
-def _update_neurons(state: SparseOptState) -> SparseOptState:
-  """Fan-ins and factors of new masks."""
-  rows = [
-    _neurons(
-      _state.has_bits(status, _state.ACTIVE),
-      tuple(axis for axis, size in enumerate(fan_in.shape) if size == 1),
-    )
-    for status, fan_in in zip(
-      _state.sparse_only(state.status, state.status),
-      _state.sparse_only(state.status, state.fan_in),
-      strict=True,
-    )
-  ]
-  fan_in, scale = zip(*rows, strict=True)
-  return state._replace(
-    fan_in=_state.put_sparse(state.fan_in, state.status, fan_in),
-    correction=_state.put_sparse(state.correction, state.status, scale),
-  )
-
-
-def _accumulate(
-  topology: _topology.RigL, state: SparseOptState, gradients: Any
-) -> SparseOptState:
-  """Adds the gradient to the sum that the next mask update grows from.
-
-  The mean has the same order, but for what its rounding would add.
-  """
-  opens = topology.opens_window(state.count)
-  old = _state.sparse_only(state.status, state.gradient_sum)
-  if any(map(_leaves.is_masked_node, old)):
-    raise ValueError(
-      "state must have been made with accumulate > 1, as the topology has "
-      f"accumulate={topology.accumulate}; got one without sums of gradients."
-    )
-  new = [
-    jnp.where(opens, 0, total) + jnp.asarray(gradient, total.dtype)
-    for total, gradient in zip(
-      old, _state.sparse_only(state.status, gradients), strict=True
-    )
-  ]
-  sums = _state.put_sparse(state.gradient_sum, state.status, new)
-  return state._replace(gradient_sum=sums)
-
-
-def _advance(
-  topology: _topology.Topology,
-  state: SparseOptState,
-  gradients: Any,
-  params: Any,
-  update_masks: bool | None,
-) -> SparseOptState:
-  """The state after a call: counted, and with new masks where they are due."""
-  count = state.count
-  # A count that is set back must not meet that of an earlier mask update.
-  state = state._replace(updated_at=jnp.full_like(state.updated_at, -1))
-  if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
-    in_window = topology.in_window(count)
-    state = _state.once(
-      in_window, lambda s: _accumulate(topology, s, gradients), state
-    )
-  if not isinstance(topology, _topology.Static):
-    due = topology.is_due(count) if update_masks is None else update_masks
-    change = functools.partial(_update_masks, topology)
-
-    def update(state: SparseOptState) -> SparseOptState:
-      return _update_neurons(
-        _leaves.lay_out_freely(change, state, gradients, params)
-      )
-
-    # One loop, not two: before each, an accelerator's queue runs empty.
-    state = _state.once(due, update, state)
-  return state._replace(count=optax.safe_increment(count))
-
-
-def _correct(gradients: Any, state: SparseOptState, scale: Any) -> Any:
-  """Zero outside the masks; rescaled where the layer is corrected."""
-  bits = _state.settled_bits(_state.just_updated(state))
-
-  def one(status: Any, gradient: Any, scale: Any) -> Any:
-    if _leaves.is_masked_node(status):
-      return gradient
-    scaled = _scaled(gradient, scale)
-    return jnp.where(_state.is_settled(status, bits), scaled, 0)
-
-  return jax.tree.map(
-    one, state.status, gradients, scale, is_leaf=_leaves.is_masked_node
-  )
+  factors = tuple(map(_factor, layers, masks))
+  explored = map(mark, jax.tree.leaves(state.explored), layers, masks)
+  trees = {"masks": like.unflatten(masks), "explored": like.unflatten(explored)}
+  return state._replace(updated=state.updated | True, factors=factors, **trees)
 
 
 def sparseopt(
   sparsity: float,
-  topology: _topology.Topology = _topology.Static(),  # noqa: B008
+  topology: Topology = Static(),  # noqa: B008
   *,
-  distribution: str | _distributions.Distribution = "erk",
-  sparse: _leaves.Rule = None,
-  corrected: _leaves.Rule = None,
+  corrected: Any,
+  distribution: Any = "erk",
+  sparse: Any = None,
   masks: Any = None,
-  output_axis: _leaves.AxisRule = -1,
+  output_axis: Any = -1,
+  stacked: Any = 0,
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Sparse training with the gradient skew of batch normalisation undone.
@@ -319,13 +115,13 @@ def sparseopt(
   with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense
   fan-in :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of
   :math:`s_i` over the layer. :func:`sparseopt_jax.correct` is that formula for
-  one layer. The number of active weights of a layer is fixed at ``init`` and
-  never changes.
+  one layer. ``init`` fixes the number of active weights of each layer, and the
+  topologies of this package never change it.
 
-  It belongs first in a chain. A link cannot cancel what later links add, such
-  as momentum, so either wrap the whole chain in
-  :func:`sparseopt_jax.keep_params_sparse`, or call
-  :func:`sparseopt_jax.apply_masks` after each ``optax.apply_updates``.
+  The link belongs first in a chain. It cannot cancel what later links add, such
+  as momentum, so call :func:`sparseopt_jax.apply_masks` after each
+  ``optax.apply_updates``; or give the optimiser to
+  :func:`sparseopt_jax.sparsify`, which needs no such call.
 
   On a call that updates the masks, weights that stay make their ordinary step,
   with the factors of the masks under which the gradient was taken. Weights are
@@ -336,34 +132,38 @@ def sparseopt(
   calls. A loop that counts them itself can say so by the extra argument
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
-  That ``step`` has to be the state's own count, by which the drop fraction and
-  ``accumulate`` go.
+  That ``step`` has to be the state's own count, by which the drop fraction
+  goes.
 
   Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
   and float32 have the range.
 
   Args:
     sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
-    topology: :class:`sparseopt_jax.Static`, :class:`sparseopt_jax.SET` or
-      :class:`sparseopt_jax.RigL`.
+    topology: How masks change: :class:`sparseopt_jax.Static`,
+      :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`, or a
+      :class:`sparseopt_jax.Topology` of one's own.
+    corrected: Which of the sparse leaves get the correction: ``True`` for all,
+      ``False`` for none (plain RigL, SET or static training), a pytree of bools
+      or a prefix of one, or a function of a path such as ``'Conv_0/kernel'``
+      and the leaf. It is meant for layers whose output goes straight into batch
+      normalisation, which
+      :func:`sparseopt_jax.inspection.batch_normalized` finds.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
       and the sparsity that returns ``{path: density}``.
-    sparse: Which leaves get a mask: a pytree of bools (or a prefix of one, as
-      for ``optax.masked``) or a predicate of a path such as ``'Conv_0/kernel'``
-      and the leaf. By default leaves of two or more axes not named bias, scale
-      or embedding.
-    corrected: Which of the sparse leaves get the correction, in the same forms,
-      or ``False`` for none of them: plain RigL, SET or static training. By
-      default all. It is meant for layers whose output goes straight into batch
-      normalisation; leave out the classifier.
-    masks: Start from these instead of random ones: a bool array for each sparse
-      leaf and ``optax.MaskedNode()`` for the others, as returned by
-      :func:`sparseopt_jax.get_masks`. Their active weights are what is kept;
-      ``sparsity`` and ``distribution`` are then not used.
-    output_axis: The neuron axis of the weights, a tuple of them, or a function
-      of path and leaf that returns either. -1 for Flax, 0 for Equinox. A leaf
-      is one layer; layers stacked in a leaf, as by ``nn.scan``, are not told
-      apart.
+    sparse: Which leaves get a mask, in the same forms. By default kernels:
+      leaves of floats with two axes longer than 1, and no name of a bias, a
+      scale, an offset, an embedding, or a table of positions or tokens.
+    masks: Start from these instead of random ones: arrays of bools, or of 0 and
+      1 in uint8, matched by path, such as :func:`sparseopt_jax.get_masks`
+      returns. A leaf with ``optax.MaskedNode()`` stays dense; for leaves left
+      out, ``sparse`` decides, and masks are drawn.
+    output_axis: The neuron axis of a layer's weights, a tuple of them, or a
+      function of path and leaf that returns either. -1 for Flax, 0 for Equinox.
+    stacked: How many leading axes of a leaf enumerate layers, as ``nn.scan``
+      makes them: an int, a pytree or prefix of ints, or a function of path and
+      leaf. Each slice is a layer of its own: its own share of the active
+      weights, its own neurons, its own selection.
     seed: An int or a key, traced or not.
 
   Returns:
@@ -373,7 +173,7 @@ def sparseopt(
   Raises:
     TypeError: If an argument has the wrong type.
     ValueError: If an argument lies outside its range, no leaf can be sparse, or
-      ``corrected`` is given, is not ``False``, and chooses no sparse leaf.
+      ``corrected`` is not ``False`` and chooses no sparse leaf.
 
   Examples:
 
@@ -382,7 +182,9 @@ def sparseopt(
     >>> import optax
     >>> import sparseopt_jax
     >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
-    >>> tx = optax.chain(sparseopt_jax.sparseopt(0.75), optax.sgd(0.1))
+    >>> tx = optax.chain(
+    ...   sparseopt_jax.sparseopt(0.75, corrected=True), optax.sgd(0.1)
+    ... )
     >>> opt_state = tx.init(params)
     >>> params = sparseopt_jax.apply_masks(params, opt_state)
     >>> grads = jax.tree.map(jnp.ones_like, params)
@@ -396,80 +198,44 @@ def sparseopt(
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in
     Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
 
-  .. seealso:: :func:`sparseopt_jax.keep_params_sparse`,
-    :func:`sparseopt_jax.sparseopt_sgd`
+  .. seealso:: :func:`sparseopt_jax.sparsify`
   """
   _distributions.check_sparsity(sparsity)
   _distributions.resolve(distribution)
-  _topology.check(topology)
-  _check_seed(seed)
-  if not callable(output_axis):
-    _correction.check_axes(output_axis)
-
-  def initial_masks(params: Any, leaves: Sequence[_leaves.Leaf]) -> list:
-    """A bool array for each sparse leaf, MaskedNode for the others."""
-    given = None
-    if masks is not None:
-      given = _leaves.given_masks(masks, params, leaves)
-    chosen = _leaves.choose_sparse(sparse, given, params, leaves)
-    if given is not None:
-      return given
-    shapes = {
-      leaf.path: leaf.shape
-      for leaf, choice in zip(leaves, chosen, strict=True)
-      if choice
-    }
-    counts = _distributions.active_counts(shapes, sparsity, distribution)
-    layers = iter(
-      _random_masks(
-        _key_data(seed),
-        np.array(list(counts.values()), np.int32),
-        tuple(shapes.values()),
-      )
-    )
-    return [next(layers) if choice else optax.MaskedNode() for choice in chosen]
-
-  def init_leaf(mask: Any, is_corrected: bool, path: str, leaf: Any) -> tuple:
-    """Status, fan-in, scale and sum of gradients of one leaf."""
-    none = optax.MaskedNode()
-    if _leaves.is_masked_node(mask):
-      return none, none, none, none
-    axis = output_axis(path, leaf) if callable(output_axis) else output_axis
-    mask = _place(mask, leaf)
-    axes = _correction.input_axes(mask.ndim, axis, path)
-    status, fan_in, scale = _initial_state(mask, axes)
-    scale = scale if is_corrected else none
-    total = none
-    if isinstance(topology, _topology.RigL) and topology.accumulate > 1:
-      dtype = _correction.wide_dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
-      total = jnp.zeros_like(leaf, dtype=dtype)
-    return status, fan_in, scale, total
+  is_one = isinstance(topology, Topology) and not isinstance(topology, type)
+  check_type(is_one, "topology must be a Topology, as RigL(30_000)", topology)
+  _key_data(seed)
+  options = _masks.Options(
+    sparsity, distribution, sparse, stacked, corrected, masks, output_axis
+  )
+  is_static = topology.is_due(jnp.zeros([], jnp.int32)) is False
 
   def init_fn(params: optax.Params) -> SparseOptState:
+    # optax.tree.map_params asks with a tree that has no leaves.
+    layers = _masks.plan(params, options) if jax.tree.leaves(params) else []
+    layers = _masks.with_masks(_key_data(seed), layers)
+    layers = [x._replace(factor=_factor(x, x.mask)) for x in layers]
+    first = _masks.as_tree(params, layers, [x.mask for x in layers])
+    factors: Any = tuple(x.factor for x in layers)
+    kept: Any = tuple(map(topology.init, layers))
+    if not layers:
+      factors = kept = jnp.zeros([])
+    counts, updated = jnp.zeros([2], jnp.int32), jnp.zeros([], jnp.bool_)
+    explored = () if is_static else _state.explored_at_first(first)
+    trees = (first, explored, factors, kept)
+    return SparseOptState._make((*counts, updated, _key_data(seed), *trees))
+
+  def layers_of(params: Any, state: SparseOptState, grads: Any) -> list[Layer]:
+    """The sparse leaves with all that belongs to them."""
     treedef: Any = jax.tree.structure(params)
-    values = jax.tree.leaves(params)
-    leaves = _leaves.describe(params)
-    columns: list = [(), (), (), ()]
-    # optax.tree.map_params calls init with a tree that has no leaves.
-    if leaves:
-      first = initial_masks(params, leaves)
-      is_sparse = [not _leaves.is_masked_node(mask) for mask in first]
-      chosen = _leaves.choose_corrected(corrected, is_sparse, params, leaves)
-      rows = [
-        init_leaf(mask, choice, leaf.path, value)
-        for mask, choice, leaf, value in zip(
-          first, chosen, leaves, values, strict=True
-        )
-      ]
-      columns = list(zip(*rows, strict=True))
-    trees = [treedef.unflatten(column) for column in columns]
-    return SparseOptState(
-      jnp.zeros([], jnp.int32),
-      jnp.full([], -1, jnp.int32),
-      jnp.zeros([], jnp.int32),
-      _key_data(seed),
-      *trees,
-    )
+    raw, layers = treedef.flatten_up_to(grads), _masks.plan(params, options)
+    for i, mask in enumerate(jax.tree.leaves(state.masks)):
+      weight, grad = map(jnp.asarray, (layers[i].weight, raw[layers[i].place]))
+      layer = layers[i]._replace(weight=weight, gradient=grad, mask=mask)
+      factor, kept = state.factors[i], state.topology_state[i]
+      is_on = factor.dtype != jnp.bool_
+      layers[i] = layer._replace(factor=factor, state=kept, corrected=is_on)
+    return layers
 
   def update_fn(
     updates: optax.Updates,
@@ -480,23 +246,33 @@ def sparseopt(
     **extra_args: Any,
   ) -> tuple[optax.Updates, SparseOptState]:
     del extra_args
-    if update_masks is not None and not isinstance(update_masks, bool):
-      raise TypeError(
-        "update_masks must be a bool that is known while tracing, or None; got "
-        f"{update_masks!r}."
-      )
-    if params is None:
-      raise ValueError(
-        "params must be passed to update, since masks depend on them; got None."
-      )
-    if not isinstance(state, SparseOptState):
-      raise TypeError(
-        "state must be the SparseOptState that init gave; got a "
-        f"{type(state).__name__}."
-      )
-    new_state = state
-    if not isinstance(state, SettledState):
-      new_state = _advance(topology, state, updates, params, update_masks)
-    return _correct(updates, new_state, state.correction), new_state
+    is_known = update_masks is None or is_bool(update_masks)
+    check_type(
+      is_known, "update_masks must be a bool, not traced", update_masks
+    )
+    check(params is not None, "params must be passed to update", params)
+    is_state = isinstance(state, SparseOptState)
+    check_type(is_state, "state must be a SparseOptState", type(state))
+    layers = layers_of(params, state, updates)
+    kept = tuple(topology.observe(layer, state.count) for layer in layers)
+    new = state._replace(updated=state.updated & False, topology_state=kept)
+    if not is_static:
+      due = topology.is_due(state.count)
+      due = due if update_masks is None else bool(update_masks)
+      body = lambda new: _sharding.lay_out_freely(change, new, params, updates)
+      new = _lax.once(due, body, new)
+    scaled = iter(_correction.rescale(x.gradient, x.factor) for x in layers)
+    updates = _state.map_sparse(lambda *_: next(scaled), new.masks, updates)
+    # A weight that is dropped or grown in this call makes no step.
+    updates = _state.zero_unless(_state.settled(new), updates)
+    return updates, new._replace(count=optax.safe_increment(new.count))
+
+  def change(state: SparseOptState, params: Any, grads: Any) -> SparseOptState:
+    """New masks, if all gradients are finite; else the state counts it."""
+    finite = _all_finite(jax.tree.leaves((grads, state.topology_state)))
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    layers = layers_of(params, state, grads)
+    new_masks = functools.partial(_new_masks, topology, layers)
+    return _lax.once(finite, new_masks, state._replace(skipped=skipped))
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,10 +15,10 @@ import statistics
 import sys
 from typing import Any
 
+from sparseopt_jax import metrics
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.errors import UsageError
 
 _FIGURES = ("epoch", "test_accuracy", "itop_rate", "seconds")
@@ -90,15 +90,15 @@ def read(path: pathlib.Path) -> Run:
     UsageError: If it is not one, or holds no evaluation yet.
   """
   flags = folder.read_config(path)
-  metrics = path / folder.METRICS
-  lines = records.read_lines(metrics) if metrics.is_file() else []
+  file = path / folder.METRICS
+  lines = records.read_lines(file) if file.is_file() else []
   if not lines:
     raise UsageError(f"{path} holds no evaluation yet")
   for line in lines:
     missing = [name for name in _FIGURES if not _is_number(line.get(name))]
     if missing:
       raise UsageError(
-        f"{metrics}: step {line['step']} has no {' and no '.join(missing)}"
+        f"{file}: step {line['step']} has no {' and no '.join(missing)}"
       )
   return Run(flags, lines)
 
@@ -152,7 +152,7 @@ def table(groups: Sequence[Group], accuracy: float) -> str:
   """
   rows = [[name.format(accuracy) for name in _HEADER]]
   rows += [_row(each, accuracy) for each in groups]
-  return tables.aligned(rows)
+  return metrics.aligned(rows)
 
 
 def _row(each: Group, accuracy: float) -> list[str]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparseopt_jax
+from sparseopt_jax import _paths
 from sparseopt_jax import models
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
@@ -158,11 +159,8 @@ _MAKERS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
 
 
 def _flatten(tree: Any) -> dict[str, np.ndarray]:
-  leaves, _ = jax.tree.flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-    for path, leaf in leaves
-  }
+  leaves = map(np.asarray, jax.tree.leaves(tree))
+  return dict(zip(_paths.names(tree), leaves, strict=True))
 
 
 def _nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 from flax import linen as nn
 
 from sparseopt_jax import _dataflow
-from sparseopt_jax import _topology
+from sparseopt_jax._numbers import check_type
+from sparseopt_jax._topology import RigL, Topology
 
 
 def forward_flops(
@@ -86,14 +87,14 @@ def forward_flops(
 
 
 def training_flops(
-  sparse_flops: float, dense_flops: float, topology: _topology.Topology
+  sparse_flops: float, dense_flops: float, topology: Topology
 ) -> float:
   r"""Operations of one training step, on average over the steps.
 
   The backward pass costs twice the forward pass, so with :math:`f_S` sparse
-  and :math:`f_D` dense operations forward, static sparse training and SET need
-  :math:`3 f_S`. RigL's mask updates, one after each :math:`\Delta T` other
-  steps, need the dense gradient:
+  and :math:`f_D` dense operations forward, a topology that looks at active
+  weights alone, such as static masks and SET, needs :math:`3 f_S`. RigL's mask
+  updates, one after each :math:`\Delta T` other steps, need the dense gradient:
 
   .. math::
 
@@ -105,15 +106,15 @@ def training_flops(
   Args:
     sparse_flops: :math:`f_S`, from `forward_flops` with the densities.
     dense_flops: :math:`f_D`, from `forward_flops` without.
-    topology: `Static`, `SET` or `RigL`. Its `update_every` is
-      :math:`\Delta T`; with `accumulate=k` the dense gradient is needed k times
-      for each mask update. Dense training: static, `sparse_flops=dense_flops`.
+    topology: The topology. One that is a `RigL` uses the dense gradient, with
+      its `update_every` for :math:`\Delta T`; any other is taken not to. Dense
+      training: `Static()`, `sparse_flops=dense_flops`.
 
   Returns:
     The number of floating-point operations.
 
   Raises:
-    TypeError: If `topology` is none of the three.
+    TypeError: If `topology` is no `sparseopt_jax.Topology`.
 
   Examples:
     >>> import sparseopt_jax
@@ -124,9 +125,9 @@ def training_flops(
     >>> flops.training_flops(1.0, 10.0, topology)
     5.25
   """
-  _topology.check(topology)
-  if not isinstance(topology, _topology.RigL):
+  is_one = isinstance(topology, Topology) and not isinstance(topology, type)
+  check_type(is_one, "topology must be a Topology, as RigL(30_000)", topology)
+  if not isinstance(topology, RigL):
     return 3 * sparse_flops
   steps = topology.update_every + 1
-  extra = topology.accumulate * (dense_flops - sparse_flops)
-  return (3 * sparse_flops * steps + extra) / steps
+  return (3 * sparse_flops * steps + dense_flops - sparse_flops) / steps

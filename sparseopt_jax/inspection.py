@@ -7,6 +7,7 @@ tell. This module needs Flax.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -62,10 +63,6 @@ def normalizations(
     >>> kinds = inspection.normalizations(module, jax.numpy.zeros((2, 4)))
     >>> kinds
     {'layers_0/kernel': 'batch_norm', 'layers_3/kernel': 'none'}
-
-    Its entries make a `corrected=` for `sparseopt_jax.sparseopt`:
-
-    >>> corrected = lambda path, leaf: kinds.get(path) == "batch_norm"
   """
   uses: dict[str, set[str]] = {}
   for product in _dataflow.products(module, inputs, kwargs):
@@ -75,3 +72,62 @@ def normalizations(
     path: next(iter(kinds)) if len(kinds) == 1 else _dataflow.NONE
     for path, kinds in uses.items()
   }
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormalized:
+  """Tells which leaves are kernels that feed batch normalisation.
+
+  Attributes:
+    paths: Of these kernels, such as "Conv_0/kernel".
+  """
+
+  paths: tuple[str, ...]
+
+  def __call__(self, path: str, leaf: Any) -> bool:
+    """Whether the leaf at a path is one of them."""
+    del leaf
+    return path in self.paths
+
+
+def batch_normalized(
+  module: nn.Module, *inputs: Any, **kwargs: Any
+) -> BatchNormalized:
+  """The kernels to correct: those whose output goes into batch norm first.
+
+  Args:
+    module: As for `normalizations`.
+    *inputs: As for `normalizations`.
+    **kwargs: As for `normalizations`.
+
+  Returns:
+    The `corrected=` of `sparseopt_jax.sparsify` and `sparseopt_jax.sparseopt`:
+    a predicate (path, leaf) -> bool, true for the kernels that `normalizations`
+    calls "batch_norm". Where there are none, both raise a ValueError.
+
+  Raises:
+    TypeError: If `module` is not a Flax (linen) module.
+
+  Examples:
+    >>> import jax
+    >>> import optax
+    >>> from flax import linen as nn
+    >>> import sparseopt_jax
+    >>> from sparseopt_jax import inspection
+    >>> module = nn.Sequential([
+    ...   nn.Dense(8),
+    ...   nn.BatchNorm(use_running_average=True),
+    ...   nn.relu,
+    ...   nn.Dense(3),
+    ... ])
+    >>> x = jax.numpy.zeros((2, 4))
+    >>> corrected = inspection.batch_normalized(module, x)
+    >>> corrected
+    BatchNormalized(paths=('layers_0/kernel',))
+    >>> tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=corrected)
+    >>> opt_state = tx.init(module.init(jax.random.key(0), x)['params'])
+  """
+  kinds = normalizations(module, *inputs, **kwargs)
+  return BatchNormalized(
+    tuple(path for path, kind in kinds.items() if kind == "batch_norm")
+  )

@@ -71,7 +71,7 @@ def test_sparsity_of_another_type(sparsity):
   [
     ("er", "distribution.*'er'"),
     (lambda shapes, _: {}, r"distribution.*\['a'\]"),
-    (lambda shapes, _: {"a": 1.5}, r"distribution.*1\.5.*'a'"),
+    (lambda shapes, _: {"a": 1.5}, r"distribution.*'a'.*1\.5"),
     (lambda shapes, _: {"a": 0.5, "b": 0.5}, r"distribution.*\['b'\]"),
   ],
 )

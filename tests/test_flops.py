@@ -198,10 +198,28 @@ def test_training_by_hand():
   assert flops.training_flops(10.0, 10.0, static) == 30
   rigl = _topology.RigL(update_until=10, update_every=3)
   assert flops.training_flops(1.0, 10.0, rigl) == (3 * 3 + 2 + 10) / 4
-  rigl = _topology.RigL(update_until=10, update_every=3, accumulate=2)
-  assert flops.training_flops(1.0, 10.0, rigl) == (2 * 3 + 2 * (2 + 10)) / 4
   # Nothing is saved where nothing is sparse.
   assert flops.training_flops(10.0, 10.0, rigl) == 30
+
+
+def test_training_with_a_topology_of_ones_own():
+  """A subclass of RigL needs the dense gradient, others do not."""
+
+  class Mine(_topology.RigL):
+    """Costs what RigL costs."""
+
+  class Rotate(_topology.Topology):
+    """Looks at masks alone."""
+
+    def is_due(self, count):
+      return count % 3 == 0
+
+    def update_masks(self, layers, count, key):
+      return [jnp.roll(layer.mask, 1) for layer in layers]
+
+  mine = Mine(update_until=10, update_every=3)
+  assert flops.training_flops(1.0, 10.0, mine) == (3 * 3 + 2 + 10) / 4
+  assert flops.training_flops(1.0, 10.0, Rotate()) == 3
 
 
 @pytest.mark.parametrize(
@@ -221,3 +239,5 @@ def test_bad_types():
     flops.forward_flops(3, jnp.zeros((1, 3)))
   with pytest.raises(TypeError, match=r"topology must be .* got 'rigl'"):
     flops.training_flops(1.0, 2.0, "rigl")
+  with pytest.raises(TypeError, match=r"topology must be .* got .*RigL"):
+    flops.training_flops(1.0, 2.0, _topology.RigL)

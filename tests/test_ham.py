@@ -1,4 +1,4 @@
-"""HAM against the oracle, alone and with the link and the wrapper."""
+"""HAM against the oracle, alone and inside of `sparsify`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import oracle
 import pytest
 
 import sparseopt_jax
+from sparseopt_jax.studies import ham
 
 
 def _draw(seed, *shape, dtype=jnp.float32):
@@ -21,7 +22,7 @@ def _tree(seed):
 def test_a_weight_at_zero_stays_there_at_any_gradient():
   params = {"kernel": jnp.zeros((2, 2))}
   gradients = {"kernel": jnp.array([[np.nan, np.inf], [-np.inf, 1.0]])}
-  tx = sparseopt_jax.ham(optax.set_to_zero(), 0.1)
+  tx = ham.ham(optax.set_to_zero(), 0.1)
   updates, _ = tx.update(gradients, tx.init(params), params)
   np.testing.assert_array_equal(updates["kernel"], 0)
 
@@ -30,7 +31,7 @@ def test_a_schedule_in_float64_under_strict_promotion():
   with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
     params = {"kernel": _draw(0, 6, 4, dtype=jnp.float64)}
     schedule = lambda count: jnp.float32(0.1)
-    tx = sparseopt_jax.ham(optax.sgd(0.1), schedule)
+    tx = ham.ham(optax.sgd(0.1), schedule)
     updates, _ = tx.update(params, tx.init(params), params)
     assert updates["kernel"].dtype == jnp.float64
 
@@ -38,7 +39,7 @@ def test_a_schedule_in_float64_under_strict_promotion():
 def test_matches_the_oracle_with_momentum_and_a_schedule():
   schedule = optax.linear_schedule(0.1, 0.02, 4)
   base = optax.sgd(schedule, momentum=0.9)
-  tx = sparseopt_jax.ham(base, schedule, alpha=3.0, beta=0.2)
+  tx = ham.ham(base, schedule, alpha=3.0, beta=0.2)
   params = _tree(0)
   state, base_state = tx.init(params), base.init(params)
   update = jax.jit(tx.update)
@@ -61,7 +62,7 @@ def test_matches_the_oracle_with_momentum_and_a_schedule():
 
 
 def test_exponent_is_clamped():
-  tx = sparseopt_jax.ham(optax.identity(), 1.0, alpha=1e6, beta=0.0)
+  tx = ham.ham(optax.identity(), 1.0, alpha=1e6, beta=0.0)
   params = {"kernel": jnp.array([[1.0, -1.0, 1.0]])}
   gradient = {"kernel": jnp.array([[1e-3, 1e-3, -1e-3]])}
   updates, _ = tx.update(gradient, tx.init(params), params)
@@ -72,7 +73,7 @@ def test_exponent_is_clamped():
 
 
 def test_zeros_and_leaves_of_one_axis_are_left_alone():
-  tx = sparseopt_jax.ham(optax.sgd(0.1), 0.1)
+  tx = ham.ham(optax.sgd(0.1), 0.1)
   params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.ones(2)}
   gradient = {"kernel": jnp.zeros((2, 2)), "bias": jnp.full(2, 0.5)}
   updates, _ = tx.update(gradient, tx.init(params), params)
@@ -82,7 +83,7 @@ def test_zeros_and_leaves_of_one_axis_are_left_alone():
 
 def test_without_alpha_and_beta_it_is_the_base_optimiser_bit_for_bit():
   base = optax.adam(0.1)
-  tx = sparseopt_jax.ham(base, 0.1, alpha=0.0, beta=0.0)
+  tx = ham.ham(base, 0.1, alpha=0.0, beta=0.0)
   params, gradient = _tree(0), _tree(2)
   got, _ = tx.update(gradient, tx.init(params), params)
   expected, _ = base.update(gradient, base.init(params), params)
@@ -91,7 +92,7 @@ def test_without_alpha_and_beta_it_is_the_base_optimiser_bit_for_bit():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dtypes_are_kept(dtype):
-  tx = sparseopt_jax.ham(optax.sgd(0.1, momentum=0.9), 0.1)
+  tx = ham.ham(optax.sgd(0.1, momentum=0.9), 0.1)
   params = {"kernel": _draw(0, 6, 4, dtype=dtype)}
   state = tx.init(params)
   updates, new_state = tx.update(params, state, params)
@@ -100,15 +101,12 @@ def test_dtypes_are_kept(dtype):
   assert dtypes(new_state) == dtypes(state)
 
 
-def test_with_the_link_inside_the_wrapper():
+def test_inside_of_sparsify():
   """The gradient of the multiplicative step is masked and corrected."""
   topology = sparseopt_jax.RigL(8, update_every=2, drop_fraction=0.5)
   base = optax.sgd(0.05, momentum=0.9)
-  tx = sparseopt_jax.keep_params_sparse(
-    optax.chain(
-      sparseopt_jax.sparseopt(0.5, topology),
-      sparseopt_jax.ham(base, 0.05, alpha=2.0, beta=0.1),
-    )
+  tx = sparseopt_jax.sparsify(
+    ham.ham(base, 0.05, alpha=2.0, beta=0.1), 0.5, topology, corrected=True
   )
   params = _tree(0)
   state = tx.init(params)
@@ -143,15 +141,29 @@ def test_with_the_link_inside_the_wrapper():
   assert changes == 2
 
 
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: ham.ham(None, 0.1), "inner.*None"),
+    (lambda: ham.ham(optax.sgd(0.1), "a"), "learning_rate.*'a'"),
+    (lambda: ham.ham(optax.sgd(0.1), 0.1, alpha=None), "alpha.*None"),
+    (lambda: ham.ham(optax.sgd(0.1), 0.1, beta=jnp.ones(2)), "beta.*Array"),
+  ],
+)
+def test_bad_arguments(make, message):
+  with pytest.raises(TypeError, match=message):
+    make()
+
+
 def test_update_without_params():
-  tx = sparseopt_jax.ham(optax.sgd(0.1), 0.1)
+  tx = ham.ham(optax.sgd(0.1), 0.1)
   params = _tree(0)
   with pytest.raises(ValueError, match="params must be passed"):
     tx.update(params, tx.init(params))
 
 
 def test_extra_arguments_reach_the_base_optimiser():
-  tx = sparseopt_jax.ham(
+  tx = ham.ham(
     optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), 0.1
   )
   params = _tree(0)

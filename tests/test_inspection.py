@@ -1,11 +1,15 @@
 """Tests of the search for the normalisation that follows a kernel."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import optax
 import pytest
 
+import sparseopt_jax
 from sparseopt_jax import inspection
 from sparseopt_jax import models
 
@@ -319,6 +323,56 @@ def test_partitioned_parameters():
   assert kinds == {"layers_0/kernel": "batch_norm"}
 
 
-def test_not_a_module():
+@pytest.mark.parametrize("search", ["normalizations", "batch_normalized"])
+def test_not_a_module(search):
   with pytest.raises(TypeError, match=r"module must be a flax.*, got 3"):
-    inspection.normalizations(3, VECTORS)
+    getattr(inspection, search)(3, VECTORS)
+
+
+def test_batch_normalized_chooses_what_is_corrected():
+  model = PreActivationResNet()
+  corrected = inspection.batch_normalized(model, IMAGES)
+  kinds = inspection.normalizations(model, IMAGES)
+  params = model.init(jax.random.key(0), jnp.zeros(IMAGES.shape))["params"]
+  tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=corrected)
+  table = sparseopt_jax.sparsity_table(tx.init(params))
+  is_corrected = {
+    words[0]: words[-1] for words in map(str.split, table.split("\n")[1:-1])
+  }
+  assert is_corrected == {
+    path: "yes" if kind == "batch_norm" else "no"
+    for path, kind in kinds.items()
+  }
+  assert set(is_corrected.values()) == {"yes", "no"}
+
+
+def test_batch_normalized_as_a_value():
+  """Equal, hashable, and with a text that can be read and run."""
+  module = nn.Sequential([nn.Dense(8), _norm(), nn.Dense(3)])
+  one, other = (inspection.batch_normalized(module, VECTORS) for _ in "ab")
+  assert one == other
+  assert hash(one) == hash(other)
+  assert repr(one) == "BatchNormalized(paths=('layers_0/kernel',))"
+  leaf = jnp.zeros((6, 8))
+  assert one("layers_0/kernel", leaf)
+  assert not one("layers_2/kernel", leaf)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    one.paths = ()
+
+
+def test_batch_normalized_with_keyword_arguments():
+  module = WithKeyword()
+  corrected = inspection.batch_normalized(
+    module, x=jnp.zeros((4, 6)), scale=2.0, train=True
+  )
+  assert corrected.paths == ("Dense_0/kernel",)
+
+
+def test_nothing_feeds_batch_norm():
+  module = nn.Dense(8)
+  corrected = inspection.batch_normalized(module, VECTORS)
+  assert corrected.paths == ()
+  params = module.init(jax.random.key(0), jnp.zeros(VECTORS.shape))["params"]
+  tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=corrected)
+  with pytest.raises(ValueError, match=r"corrected.*BatchNormalized"):
+    tx.init(params)

@@ -13,6 +13,7 @@ PARAMS = {
   "a": {"kernel": jnp.ones((3, 3, 4, 8)), "bias": jnp.ones(8)},
   "b": {"kernel": jnp.ones((8, 5))},
 }
+RIGL = sparseopt_jax.RigL(100, 2)
 
 
 def state_with(masks, **kwargs):
@@ -20,7 +21,8 @@ def state_with(masks, **kwargs):
     "a": {"kernel": masks["a"], "bias": optax.MaskedNode()},
     "b": {"kernel": masks["b"]},
   }
-  tx = sparseopt_jax.sparseopt(0.5, masks=tree, **kwargs)
+  options = {"corrected": True} | kwargs
+  tx = sparseopt_jax.sparseopt(0.5, masks=tree, **options)
   return tx, tx.init(PARAMS)
 
 
@@ -59,6 +61,39 @@ def test_skew_angle_looks_at_corrected_layers_only():
   assert float(sparseopt_jax.sparsity_metrics(state)["skew_angle"]) == 0
 
 
+@pytest.mark.parametrize("topology", [sparseopt_jax.Static(), RIGL])
+def test_groups_of_leaves_count_as_one_network(topology):
+  """Two links under `optax.partition` against one over all leaves."""
+  masks = random_masks()
+  labels = {"a": {"kernel": "a", "bias": "a"}, "b": {"kernel": "b"}}
+  links = {}
+  for name in masks:
+    nodes = jax.tree.map(lambda _: optax.MaskedNode(), PARAMS)
+    nodes[name]["kernel"] = masks[name]
+    links[name] = sparseopt_jax.sparseopt(
+      0.5, topology, corrected=True, masks={name: nodes[name]}
+    )
+  groups = optax.partition(links, labels)
+  whole, whole_state = state_with(masks, topology=topology)
+  state = groups.init(PARAMS)
+  rng = np.random.default_rng(0)
+  draw = lambda p: rng.normal(size=p.shape).astype(np.float32)
+  functions = (
+    sparseopt_jax.sparsity_metrics,
+    sparseopt_jax.sparsity_table,
+    sparseopt_jax.masks_checksum,
+    sparseopt_jax.get_masks,
+  )
+  for _ in range(3):
+    for function in functions:
+      got, expected = function(state), function(whole_state)
+      jax.tree.map(np.testing.assert_array_equal, got, expected)
+    sparseopt_jax.assert_replicas_agree(state)
+    gradients = jax.tree.map(draw, PARAMS)
+    _, state = groups.update(gradients, state, PARAMS)
+    _, whole_state = whole.update(gradients, whole_state, PARAMS)
+
+
 def test_zeros_among_the_weights_do_not_count():
   tx, state = state_with(random_masks())
   zeros = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -71,8 +106,7 @@ def test_zeros_among_the_weights_do_not_count():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("leaf", ["kernel", "bias"])
 def test_skipped_updates_are_counted(bad, leaf):
-  topology = sparseopt_jax.RigL(100, 2)
-  tx, state = state_with(random_masks(), topology=topology)
+  tx, state = state_with(random_masks(), topology=RIGL)
   masks = sparseopt_jax.get_masks(state)
   gradients = jax.tree.map(jnp.ones_like, PARAMS)
   gradients["a"][leaf] = gradients["a"][leaf].at[(0,) * (1)].set(bad)
@@ -125,7 +159,7 @@ def test_replicas_stacked_twice_are_compared():
   params = {"kernel": jnp.ones((8, 4))}
 
   def init(seed):
-    tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.75, seed=seed)
+    tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.75, corrected=True, seed=seed)
     return tx.init(params)
 
   stack = jax.vmap(jax.vmap(init))

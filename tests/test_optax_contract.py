@@ -36,9 +36,24 @@ def _gradients(step: int) -> dict:
   )
 
 
-def _link(every: int = 3) -> optax.GradientTransformationExtraArgs:
-  topology = sparseopt_jax.RigL(STEPS, update_every=every, drop_fraction=0.6)
-  return sparseopt_jax.sparseopt(0.5, topology, seed=3)
+OPTIONS = {
+  "sparsity": 0.5,
+  "topology": sparseopt_jax.RigL(STEPS, update_every=3, drop_fraction=0.6),
+  "corrected": True,
+  "seed": 3,
+}
+
+
+def _link() -> optax.GradientTransformationExtraArgs:
+  return sparseopt_jax.sparseopt(**OPTIONS)
+
+
+def _sparsify(inner: Any) -> optax.GradientTransformationExtraArgs:
+  return sparseopt_jax.sparsify(inner, **OPTIONS)
+
+
+def _bare_chain(inner: Any) -> optax.GradientTransformationExtraArgs:
+  return optax.chain(_link(), inner)
 
 
 # --- Optimisers ---------------------------------------------------------------
@@ -146,7 +161,7 @@ WRAPPERS: dict[str, Wrap] = {
   "named_chain": _named_chain,
   "nested chain": _nested_chain,
 }
-# Links that follow the optimiser, so inside keep_params_sparse only.
+# Links that follow the optimiser, so inside `sparsify` only.
 LINKS: dict[str, Wrap] = {
   "ema": lambda tx: optax.chain(tx, optax.ema(0.9)),
   "reduce_on_plateau": lambda tx: optax.chain(
@@ -155,32 +170,22 @@ LINKS: dict[str, Wrap] = {
 }
 
 
-def _layouts() -> dict[str, Callable[[Wrap, Any], Any]]:
-  """{name: (keep, optimiser) -> transformation}; keep may be the identity."""
-  layouts = {
-    "chain": lambda keep, opt: keep(optax.chain(_link(), opt)),
-    "chain with clip before": lambda keep, opt: keep(
-      optax.chain(optax.clip(1.0), _link(), opt)
-    ),
-  }
-  for name, wrap in WRAPPERS.items():
-    layouts[f"{name} outside"] = lambda keep, opt, wrap=wrap: wrap(
-      keep(optax.chain(_link(), opt))
-    )
-    layouts[f"{name} inside"] = lambda keep, opt, wrap=wrap: keep(
-      wrap(optax.chain(_link(), opt))
-    )
-    layouts[f"{name} around the optimiser"] = lambda keep, opt, wrap=wrap: keep(
-      optax.chain(_link(), wrap(opt))
-    )
-  for name, wrap in LINKS.items():
-    layouts[f"{name} inside"] = lambda keep, opt, wrap=wrap: keep(
-      optax.chain(_link(), wrap(opt))
-    )
-  return layouts
+class Layout(NamedTuple):
+  """What stands around `sparsify`, and what stands in it."""
+
+  outside: Wrap = lambda tx: tx
+  inside: Wrap = lambda tx: tx
 
 
-LAYOUTS = _layouts()
+LAYOUTS = {
+  "sparsify": Layout(),
+  "clip in front": Layout(lambda tx: optax.chain(optax.clip(1.0), tx)),
+  **{f"{name} outside": Layout(wrap) for name, wrap in WRAPPERS.items()},
+  **{
+    f"{name} inside": Layout(inside=wrap)
+    for name, wrap in (WRAPPERS | LINKS).items()
+  },
+}
 
 
 # --- The contract -------------------------------------------------------------
@@ -208,6 +213,16 @@ def _without_masks(opt_state: Any) -> Any:
   is_state = lambda node: isinstance(node, SparseOptState)
   return jax.tree.map(
     lambda node: () if is_state(node) else node, opt_state, is_leaf=is_state
+  )
+
+
+def _of_bare_chain(opt_state: Any) -> Any:
+  """The same state as the bare chain holds it."""
+  is_pair = lambda node: isinstance(node, sparseopt_jax.SparsifyState)
+  return jax.tree.map(
+    lambda node: (node.link, node.inner) if is_pair(node) else node,
+    opt_state,
+    is_leaf=is_pair,
   )
 
 
@@ -254,33 +269,27 @@ def _assert_zero_outside(params: Any, masks: dict) -> None:
 
 
 def _assert_equal_elsewhere(
-  params: Any, changed: dict, masks: dict, new: tuple, unwrapped: tuple
+  params: Any, elsewhere: dict, masks: dict, new: tuple, bare: tuple
 ) -> None:
-  """Only weights whose mask changed, and updates outside the masks, differ."""
+  """Updates of active weights, and slots, are those of the bare chain."""
   # Two programs may contract a * b + c differently: an ulp of values around 1.
   tolerance = {"rtol": 2e-6, "atol": 5e-7}
-  expected = _by_path(unwrapped[0])
+  expected = _by_path(bare[0])
   for path, update in _by_path(new[0]).items():
-    on = ~_at(changed, path, update.shape) & masks.get(path, True)
+    on = elsewhere[path] & masks.get(path, True)
     np.testing.assert_allclose(
       update[on], expected[path][on], err_msg=path, **tolerance
     )
-  elsewhere = {
-    path: ~_at(changed, path, param.shape)
-    for path, param in _by_path(params).items()
-  }
-  _assert_slots(new[1], unwrapped[1], params, elsewhere, **tolerance)
+  _assert_slots(new[1], bare[1], params, elsewhere, **tolerance)
   jax.tree.map(
-    np.testing.assert_array_equal,
-    _find_state(new[1]),
-    _find_state(unwrapped[1]),
+    np.testing.assert_array_equal, _find_state(new[1]), _find_state(bare[1])
   )
 
 
 def _assert_one_step_from_fresh(
-  optimizer: Any, old: Any, new: Any, changed: dict, params: Any
+  optimizer: Any, old: Any, new: Any, restarted: dict, params: Any
 ) -> None:
-  """The state of the changed weights made one step with nothing to see."""
+  """The state of restarted weights made one step with nothing to see."""
   zeros = jax.tree.map(jnp.zeros_like, params)
   fresh = _by_path(optimizer.init(zeros))
 
@@ -288,26 +297,27 @@ def _assert_one_step_from_fresh(
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return jnp.asarray(fresh[name]) if slot.ndim > 0 else slot
 
-  restarted = jax.tree_util.tree_map_with_path(restart, old)
-  _, expected = optimizer.update(zeros, restarted, zeros)
-  _assert_slots(new, expected, params, changed)
+  state = jax.tree_util.tree_map_with_path(restart, old)
+  _, expected = optimizer.update(zeros, state, zeros)
+  _assert_slots(new, expected, params, restarted)
 
 
-def _assert_contract(layout: str, name: str) -> None:
-  optimizer = OPTIMIZERS[name]
+def _assert_contract(name: str, optimizer_name: str) -> None:
+  layout, optimizer = LAYOUTS[name], OPTIMIZERS[optimizer_name]
   opt = optimizer.make()
-  tx = LAYOUTS[layout](sparseopt_jax.keep_params_sparse, opt)
-  bare = LAYOUTS[layout](lambda tx: tx, opt)
-  updates_of, bare_updates_of = (
+  tx = layout.outside(_sparsify(layout.inside(opt)))
+  bare = layout.outside(_bare_chain(layout.inside(opt)))
+  update, bare_update = (
     optax.with_extra_args_support(t).update for t in (tx, bare)
   )
 
   @jax.jit
   def step(gradients: Any, opt_state: Any, params: Any) -> tuple:
     extra = {"value": jnp.float32(1.0), "unheard_of": jnp.zeros(3)}
-    new = updates_of(gradients, opt_state, params, **extra)
-    unwrapped = bare_updates_of(gradients, opt_state, params, **extra)
-    return new, unwrapped, optax.apply_updates(params, new[0])
+    new = update(gradients, opt_state, params, **extra)
+    same = _of_bare_chain(opt_state)
+    bare_new = bare_update(gradients, same, params, **extra)
+    return new, bare_new, optax.apply_updates(params, new[0])
 
   params = _params()
   opt_state = tx.init(params)
@@ -322,26 +332,36 @@ def _assert_contract(layout: str, name: str) -> None:
   assert set(masks) == set(SPARSE)
   active = {path: mask.sum() for path, mask in masks.items()}
   mask_updates = 0
-  micro_steps = 1
-  if layout in ("MultiSteps outside", "MultiSteps inside"):
-    micro_steps = 2
+  micro_steps = 2 if name == "MultiSteps outside" else 1
   for i in range(STEPS * micro_steps):
     old = opt_state
-    new, unwrapped, params = step(_gradients(i), opt_state, params)
+    new, bare_new, params = step(_gradients(i), opt_state, params)
     opt_state = new[1]
     new_masks = _masks(opt_state)
     changed = {path: masks[path] != new_masks[path] for path in masks}
+    is_update = any(at.any() for at in changed.values())
     masks = new_masks
     _assert_zero_outside(params, masks)
     assert {path: mask.sum() for path, mask in masks.items()} == active
+    # Slots outside the masks start afresh too; at rest this is no change.
+    restarted = {
+      path: is_update & (changed[path] | ~masks[path]) for path in masks
+    }
     if optimizer.per_coordinate:
-      _assert_equal_elsewhere(params, changed, masks, new, unwrapped)
-    if any(at.any() for at in changed.values()):
+      differs = changed if optimizer.rests else restarted
+      elsewhere = {
+        path: ~_at(differs, path, param.shape)
+        for path, param in _by_path(params).items()
+      }
+      _assert_equal_elsewhere(params, elsewhere, masks, new, bare_new)
+    if is_update:
       mask_updates += 1
       if optimizer.rests:
-        _assert_slots(opt_state, fresh, params, changed)
-      if layout == "chain":
-        _assert_one_step_from_fresh(opt, old[1], opt_state[1], changed, params)
+        _assert_slots(opt_state, fresh, params, restarted)
+      if name == "sparsify":
+        _assert_one_step_from_fresh(
+          opt, old.inner, opt_state.inner, restarted, params
+        )
   assert mask_updates == 2
   assert _types(opt_state) == types
   assert step._cache_size() == 1
@@ -350,7 +370,7 @@ def _assert_contract(layout: str, name: str) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer(optimizer):
-  _assert_contract("chain", optimizer)
+  _assert_contract("sparsify", optimizer)
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
@@ -367,7 +387,7 @@ def test_every_pair(layout, optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_bare_chain_with_masks_applied_after_each_step(optimizer):
-  tx = optax.chain(_link(), OPTIMIZERS[optimizer].make())
+  tx = _bare_chain(OPTIMIZERS[optimizer].make())
 
   @jax.jit
   def step(gradients: Any, opt_state: Any, params: Any) -> tuple:
@@ -408,67 +428,54 @@ def _trained(tx: Any, *, between: Callable[[Any], Any] = lambda x: x) -> tuple:
   return params, opt_state
 
 
-_ALIAS = {
-  "sparsity": 0.5,
-  "topology": sparseopt_jax.RigL(STEPS, update_every=3, drop_fraction=0.6),
-  "seed": 3,
-}
-
-
-def test_alias_is_the_wrapped_chain_bit_for_bit():
-  alias = sparseopt_jax.sparseopt_sgd(
-    optax.linear_schedule(0.1, 0.0, STEPS), weight_decay=1e-2, **_ALIAS
-  )
-  chain = sparseopt_jax.keep_params_sparse(
-    optax.chain(_link(), OPTIMIZERS["decay and schedule"].make())
-  )
-  got, expected = _trained(alias), _trained(chain)
-  jax.tree.map(np.testing.assert_array_equal, got[0], expected[0])
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    jax.tree.leaves(got[1]),
-    jax.tree.leaves(expected[1]),
+def _decayed_sgd(learning_rate: Any, weight_decay: Any = 1e-2) -> Any:
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay),
+    optax.sgd(learning_rate, momentum=0.9),
   )
 
 
-def test_alias_under_inject_hyperparams():
-  static = ("sparsity", "topology", "output_axis", "seed")
-  injected = optax.inject_hyperparams(
-    sparseopt_jax.sparseopt_sgd, static_args=static
-  )(0.05, weight_decay=1e-2, **_ALIAS)
+def _inject_inside() -> Any:
+  injected = optax.inject_hyperparams(_decayed_sgd)
+  return _sparsify(injected(learning_rate=0.05, weight_decay=1e-2))
 
+
+def _inject_outside() -> Any:
+  """A factory of what is sparse already; the sparsity itself stays a number."""
+  factory = lambda learning_rate, weight_decay: _sparsify(
+    _decayed_sgd(learning_rate, weight_decay)
+  )
+  injected = optax.inject_hyperparams(factory)
+  return injected(learning_rate=0.05, weight_decay=1e-2)
+
+
+@pytest.mark.parametrize("make", [_inject_inside, _inject_outside])
+def test_a_learning_rate_that_is_set_between_steps(make):
   def halve(opt_state: Any) -> Any:
-    rate = opt_state.hyperparams["learning_rate"]
+    rate = optax.tree.get(opt_state, "learning_rate")
     return optax.tree.set(opt_state, learning_rate=rate / 2)
 
-  got = _trained(injected, between=halve)
+  got = _trained(make(), between=halve)
   schedule = lambda count: 0.05 / 2 ** (count + 1)
-  expected = _trained(
-    sparseopt_jax.sparseopt_sgd(schedule, weight_decay=1e-2, **_ALIAS)
-  )
-  _, opt_state = got
-  assert set(opt_state.hyperparams) == {
-    "learning_rate",
-    "momentum",
-    "weight_decay",
-  }
-  jax.tree.map(
-    np.testing.assert_array_equal, *map(_masks, (got[1], expected[1]))
-  )
+  expected = _trained(_sparsify(_decayed_sgd(schedule)))
+  assert optax.tree.get(got[1], "learning_rate") == np.float32(0.05 / 2**STEPS)
+  masks = [_masks(opt_state) for _, opt_state in (got, expected)]
+  jax.tree.map(np.testing.assert_array_equal, *masks)
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
   jax.tree.map(close, got[0], expected[0])
 
 
-def test_injected_sparsity_says_what_to_do():
-  injected = optax.inject_hyperparams(sparseopt_jax.sparseopt_sgd)(0.05, 0.5)
-  with pytest.raises(TypeError, match="static_args"):
-    injected.init(_params())
+def test_an_injected_sparsity_is_refused():
+  injected = optax.inject_hyperparams(sparseopt_jax.sparseopt)
+  tx = injected(0.5, corrected=True)
+  with pytest.raises(TypeError, match="sparsity must be a Python number"):
+    tx.init(_params())
 
 
 def test_map_params_with_other_trees():
   """As Optax's own masked states: MaskedNode has to be named as a leaf."""
   params = _params()
-  tx = sparseopt_jax.sparseopt_sgd(0.1, **_ALIAS)
+  tx = _sparsify(optax.sgd(0.1, momentum=0.9))
   names = jax.tree_util.tree_map_with_path(
     lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"),
     params,
@@ -481,12 +488,17 @@ def test_map_params_with_other_trees():
     transform_non_params=lambda _: None,
     is_leaf=lambda node: isinstance(node, optax.MaskedNode),
   )
-  assert _find_state(named).status == names
-  assert named[1][0].trace == names
+  assert named.link.masks == names
+  assert named.link.explored == names
+  assert named.inner[0].trace == names
+  # What has another shape than the parameters is none of them.
+  assert not jax.tree.leaves(named.link.factors)
 
 
 def test_state_is_found_by_name():
-  params = _params()
-  tx = sparseopt_jax.sparseopt_sgd(0.1, **_ALIAS)
-  fan_in = optax.tree.get(tx.init(params), "fan_in")
-  assert fan_in["dense"]["kernel"].shape == (1, 5)
+  opt_state = _sparsify(optax.sgd(0.1)).init(_params())
+  conv, dense = optax.tree.get(opt_state, "factors")
+  assert conv.shape == (1, 1, 1, 4)
+  assert dense.shape == (1, 5)
+  masks = optax.tree.get(opt_state, "masks")
+  assert masks["dense"]["kernel"].shape == (6, 5)

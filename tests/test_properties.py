@@ -88,26 +88,27 @@ def _two_steps(shape, kind):
   @jax.jit
   def run(mask, weights, gradient, fraction, seed):
     topology = KINDS[kind](10, update_every=1, drop_fraction=lambda _: fraction)
-    tx = sparseopt_jax.keep_params_sparse(
-      optax.chain(
-        sparseopt_jax.sparseopt(
-          0.5, topology, masks=mask, seed=seed, output_axis=SHAPES[shape]
-        ),
-        optax.sgd(RATE, momentum=MOMENTUM),
-      )
+    tx = sparseopt_jax.sparsify(
+      optax.sgd(RATE, momentum=MOMENTUM),
+      0.5,
+      topology,
+      corrected=True,
+      masks=mask,
+      seed=seed,
+      output_axis=SHAPES[shape],
     )
     opt_state = tx.init(weights)
     params = sparseopt_jax.apply_masks(weights, opt_state)
     _, opt_state = tx.update(jnp.zeros_like(params), opt_state, params)
     updates, opt_state = tx.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
-    link, (trace, _) = opt_state
+    (factors,) = opt_state.link.factors
+    trace, _ = opt_state.inner
     return {
       "params": params,
       "mask": sparseopt_jax.get_masks(opt_state),
       "momentum": trace.trace,
-      "fan_in": link.fan_in,
-      "correction": link.correction,
+      "factors": factors,
       "metrics": sparseopt_jax.sparsity_metrics(opt_state),
     }
 
@@ -134,14 +135,16 @@ def _check_mask_update(example):
   metrics = got["metrics"]
   np.testing.assert_array_equal(got["mask"], record.masks["w"])
   assert got["mask"].sum() == problem["mask"].sum()
-  np.testing.assert_array_equal(
-    got["fan_in"].ravel(), oracle.fan_ins(got["mask"], axis).ravel()
-  )
+  fan_ins = oracle.fan_ins(got["mask"], axis)
+  factors = got["factors"].reshape(fan_ins.shape)
   np.testing.assert_allclose(
-    got["correction"].ravel(),
-    oracle.factors(got["mask"], axis).ravel(),
-    rtol=1e-6,
+    factors, oracle.factors(got["mask"], axis), rtol=1e-6
   )
+  # Their squares are in proportion to the fan-ins, which are integers.
+  share = fan_ins.sum() / fan_ins.size
+  np.testing.assert_array_equal(np.rint(factors**2 * share), fan_ins)
+  if fan_ins.any() and len(np.unique(fan_ins)) == 1:
+    np.testing.assert_array_equal(factors, 1)
   assert metrics["skipped_updates"] == record.skipped_updates
   assert metrics["dead_neurons"] == record.dead_neurons
   for name in ("itop_rate", "mask_change", "sparsity"):

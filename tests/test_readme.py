@@ -46,6 +46,6 @@ def test_python_blocks_run():
   for layer in ("Dense_0", "Dense_1"):
     kernel = np.asarray(names["params"][layer]["kernel"])
     assert not kernel[~np.asarray(masks[layer]["kernel"])].any()
-  assert names["kinds"]["Dense_0/kernel"] == "batch_norm"
-  corrected = names["link"].init(names["params"]).correction
-  assert isinstance(corrected["Dense_1"]["kernel"], optax.MaskedNode)
+  assert names["corrected"].paths == ("Dense_0/kernel",)
+  table = sparseopt_jax.sparsity_table(names["opt_state"]).splitlines()
+  assert [line.split()[-1] for line in table[1:3]] == ["yes", "no"]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import hypothesis
 from hypothesis import strategies as st
@@ -13,7 +14,8 @@ import numpy as np
 import oracle
 import pytest
 
-from sparseopt_jax import _blocks
+import sparseopt_jax
+from sparseopt_jax import _packing
 from sparseopt_jax import _selection
 
 SHAPES = [(3, 2, 4), (1,), (5, 7), (2, 2, 3, 5)]
@@ -23,8 +25,8 @@ WORDS = np.array([[3, 5], [7, 11], [13, 17], [19, 23]], np.uint32)
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0, 2.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8]
 
 
-@functools.partial(jax.jit, static_argnames="name")
-def select(name, layers, eligible, n, words):
+@functools.partial(jax.jit, static_argnames=("name", "stacked"))
+def select(name, layers, eligible, n, words, stacked=None):
   """A selection over all layers, in whatever blocks they come."""
 
   def function(block, allowed, values):
@@ -37,8 +39,9 @@ def select(name, layers, eligible, n, words):
     return select(block, values, allowed, wanted, *extra)
 
   shapes = [layer.shape for layer in layers]
-  columns = (eligible, False), (layers, 0.0)
-  return _blocks.block_by_block(shapes, function, *columns)
+  stacked = stacked or (0,) * len(shapes)
+  columns = [jnp.asarray(x) for x in eligible], [jnp.asarray(x) for x in layers]
+  return _packing.by_block(function, shapes, stacked, *columns)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
@@ -156,7 +159,8 @@ def test_layers_of_several_dtypes():
 
 def _traced_anew():
   """`select` as a function that JAX has not seen with other sizes of blocks."""
-  return jax.jit(lambda *args: select.__wrapped__(*args), static_argnums=0)
+  anew = lambda *args: select.__wrapped__(*args)
+  return jax.jit(anew, static_argnums=(0, 5))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -165,20 +169,124 @@ def _traced_anew():
 def test_blocks_of_any_size_select_the_same(large, dtype, monkeypatch):
   with jax.enable_x64(dtype == np.float64):
     expected = [_check(dtype, 7, fraction) for fraction in (0.0, 0.5)]
-    monkeypatch.setattr(_blocks, "_LARGE", large)
-    monkeypatch.setattr(_blocks, "_ROW", 4)
+    monkeypatch.setattr(_packing, "_LARGE", large)
+    monkeypatch.setattr(_packing, "_ROW", 4)
     run = _traced_anew()
     got = [_check(dtype, 7, fraction, run) for fraction in (0.0, 0.5)]
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_fewer_layers_than_blocks_of_the_least_size(monkeypatch):
-  monkeypatch.setattr(_blocks, "_LARGE", 2)
-  monkeypatch.setattr(_blocks, "_ROW", 4)
+  monkeypatch.setattr(_packing, "_LARGE", 2)
+  monkeypatch.setattr(_packing, "_ROW", 4)
   run = _traced_anew()
   layers, eligible = [np.array([3.0, 2.0])], [np.array([True, True])]
   got = run("smallest", layers, eligible, np.array([1], np.int32), WORDS[:1])
   np.testing.assert_array_equal(got[0], [False, True])
+
+
+# Stacked along no axis, one, two, and by one layer only.
+STACKS = [(5, 7), (3, 4, 6), (2, 3, 2, 5), (1, 9, 2)]
+STACKED = (0, 1, 2, 1)
+UNSTACKED = [(5, 7), *[(4, 6)] * 3, *[(2, 5)] * 6, (9, 2)]
+
+
+def _unstack(leaves):
+  """The layers one by one."""
+  return [
+    layer
+    for leaf, axes in zip(leaves, STACKED, strict=True)
+    for layer in leaf.reshape(-1, *leaf.shape[axes:])
+  ]
+
+
+# All layers packed, in several groups, some leaves alone, each of them alone.
+@pytest.mark.parametrize("large", [10**6, 50, 36, 0])
+def test_stacked_layers_are_layers_of_their_own(large, monkeypatch):
+  """The choice is that of the same layers unstacked."""
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  monkeypatch.setattr(_packing, "_ROW", 4)
+  run = _traced_anew()
+  stacks = _layers(8, np.float32, STACKS)
+  allowed = _eligible(9, STACKS)
+  layers, eligible = _unstack(stacks), _unstack(allowed)
+  assert [layer.shape for layer in layers] == UNSTACKED
+  rng = np.random.default_rng(10)
+  fractions = rng.choice([0, 0.3, 0.7, 1], len(layers))
+  n = [
+    math.floor(f * e.sum()) for f, e in zip(fractions, eligible, strict=True)
+  ]
+  n = np.array(n, np.int32)
+  words = rng.integers(0, 2**32, (len(layers), 2), np.uint32)
+  for name in ("smallest", "largest", "at_random"):
+    got = _unstack(run(name, stacks, allowed, n, words, STACKED))
+    expected = run(name, layers, eligible, n, words, (0,) * len(layers))
+    columns = zip(got, expected, layers, eligible, n, strict=True)
+    for chosen, alone, values, mask, k in columns:
+      np.testing.assert_array_equal(chosen, alone)
+      chosen = np.asarray(chosen)
+      if name == "smallest":
+        np.testing.assert_array_equal(chosen, oracle.drop(values, mask, k))
+      elif name == "largest":
+        _assert_largest(chosen, values, mask, k)
+      else:
+        assert (chosen <= mask).all()
+        assert chosen.sum() == k
+
+
+# All leaves packed, and two of four alone.
+@pytest.mark.parametrize("large", [10**6, 36])
+def test_stacked_layers_in_all_that_trains(large, monkeypatch):
+  """First masks, pruning and mask updates, against the layers unstacked."""
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  monkeypatch.setattr(_packing, "_ROW", 4)
+  columns = [
+    _eligible(12, STACKS),
+    _layers(11, np.float32, STACKS),
+    _layers(13, np.float32, STACKS),
+  ]
+  counts = jnp.arange(len(UNSTACKED), dtype=jnp.int32)
+  topologies = [
+    sparseopt_jax.RigL(9, drop_fraction=lambda count: 0.5),
+    sparseopt_jax.SET(9, drop_fraction=lambda count: 0.5),
+  ]
+
+  def run(stacked, *columns):
+    layers = _as_layers(columns, stacked)
+    shapes = tuple(layer.mask.shape for layer in layers)
+    weights = [layer.weight for layer in layers]
+    key, now = jnp.array([3, 5], jnp.uint32), jnp.int32(3)
+    # `draw` would remember blocks of other sizes.
+    first = _selection.draw.__wrapped__(key, counts, shapes, stacked)
+    pruned = _selection.keep_largest(weights, counts, stacked)
+    return [
+      first,
+      pruned,
+      *(t.update_masks(layers, now, key) for t in topologies),
+    ]
+
+  run = jax.jit(run, static_argnums=0)
+  alone = list(map(_unstack, columns))
+  stacks, layers = run(STACKED, *columns), run((0,) * len(UNSTACKED), *alone)
+  active = [mask.sum() for mask in alone[0]]
+  for got, expected, n in zip(
+    stacks, layers, [counts, counts, active, active], strict=True
+  ):
+    for a, b, k in zip(_unstack(got), expected, n, strict=True):
+      np.testing.assert_array_equal(a, b)
+      assert b.sum() == k
+  assert np.any(layers[2][1] != alone[0][1])
+
+
+def _as_layers(columns, stacked):
+  """What a topology looks at."""
+  arrays = [list(map(jnp.asarray, column)) for column in columns]
+  return [
+    types.SimpleNamespace(
+      mask=mask, weight=weight, gradient=gradient, stacked=axes
+    )
+    for mask, weight, gradient, axes in zip(*arrays, stacked, strict=True)
+  ]
 
 
 def test_a_layer_over_many_rows():
@@ -213,7 +321,7 @@ def test_vmap():
 @pytest.mark.parametrize("large", [1, 10**6])
 def test_sharded(large, monkeypatch):
   """Alone with its axes and packed with others."""
-  monkeypatch.setattr(_blocks, "_LARGE", large)
+  monkeypatch.setattr(_packing, "_LARGE", large)
   rng = np.random.default_rng(0)
   layer = rng.integers(-9, 10, (16, 24)).astype(np.float32)
   layers, eligible = [layer, layer[:4]], [layer != 3, layer[:4] != 2]

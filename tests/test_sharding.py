@@ -52,12 +52,9 @@ def _shardings(mesh):
 
 
 def _optimizer(topology):
-  return sparseopt_jax.keep_params_sparse(
-    optax.chain(
-      sparseopt_jax.sparseopt(0.6, TOPOLOGIES[topology], seed=5),
-      optax.add_decayed_weights(1e-3),
-      optax.adam(0.1),
-    )
+  inner = optax.chain(optax.add_decayed_weights(1e-3), optax.adam(0.1))
+  return sparseopt_jax.sparsify(
+    inner, 0.6, TOPOLOGIES[topology], corrected=True, seed=5
   )
 
 
@@ -89,19 +86,16 @@ def _assert_same(got, expected):
   jax.tree.map(close, jax.device_get(got[0]), jax.device_get(expected[0]))
 
 
-def _assert_laid_out_as_parameters(opt_state, shardings, mesh):
-  """Masks, moments and, along its output axes, the fan-in."""
-  link, _, adam = opt_state
-  named = {"status": link.status, "mu": adam[0].mu, "nu": adam[0].nu}
+def _assert_laid_out_as_parameters(opt_state, shardings):
+  """Masks, what was explored, and moments."""
+  link, (_, (adam, _)) = opt_state
+  named = {"masks": link.masks, "explored": link.explored}
+  named |= {"mu": adam.mu, "nu": adam.nu}
   for name, tree in named.items():
     for layer, leaves in shardings.items():
       array, want = tree[layer]["kernel"], leaves["kernel"]
       same = array.sharding.is_equivalent_to(want, array.ndim)
       assert same, (name, layer, array.sharding)
-  fan_in = link.fan_in["a"]["kernel"]
-  assert fan_in.sharding.is_equivalent_to(
-    NamedSharding(mesh, P(None, "model")), 2
-  )
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -112,9 +106,9 @@ def test_sharded_parameters(topology):
   tx = _optimizer(topology)
   params = place(_tree(0))
   opt_state = tx.init(params)
-  _assert_laid_out_as_parameters(opt_state, shardings, mesh)
+  _assert_laid_out_as_parameters(opt_state, shardings)
   got = _run(tx, params, opt_state, place)
-  _assert_laid_out_as_parameters(got[1], shardings, mesh)
+  _assert_laid_out_as_parameters(got[1], shardings)
   _assert_same(got, _one_device(topology))
   sparseopt_jax.assert_replicas_agree(got[1])
   assert sparseopt_jax.masks_checksum(got[1]) == sparseopt_jax.masks_checksum(
@@ -130,7 +124,7 @@ def test_init_under_jit():
   tx = _optimizer("RigL")
   params = place(_tree(0))
   got = _run(tx, params, jax.jit(tx.init)(params), place)
-  _assert_laid_out_as_parameters(got[1], shardings, mesh)
+  _assert_laid_out_as_parameters(got[1], shardings)
   _assert_same(got, _one_device("RigL"))
 
 
@@ -148,7 +142,7 @@ def test_explicit_axes(topology, in_context):
     # Without jax.set_mesh, JAX cannot tell the devices of jit(init).
     init = jax.jit(tx.init) if in_context else tx.init
     opt_state = init(params)
-    _assert_laid_out_as_parameters(opt_state, shardings, mesh)
+    _assert_laid_out_as_parameters(opt_state, shardings)
     return _run(tx, params, opt_state, place)
 
   if in_context:
@@ -156,7 +150,7 @@ def test_explicit_axes(topology, in_context):
       got = run()
   else:
     got = run()
-  _assert_laid_out_as_parameters(got[1], shardings, mesh)
+  _assert_laid_out_as_parameters(got[1], shardings)
   _assert_same(got, _one_device(topology))
 
 
@@ -181,8 +175,9 @@ def test_state_is_not_bound_to_a_device_its_parameters_are_free_of():
   moved = jax.device_put(params, NamedSharding(mesh, P()))
   jax.jit(_optimizer("RigL").update)(moved, opt_state, moved)
   there = jax.device_put(params, jax.devices()[3])
-  status = _optimizer("RigL").init(there)[0].status["a"]["kernel"]
-  assert status.devices() == {jax.devices()[3]}
+  state = _optimizer("RigL").init(there)
+  for tree in (state.link.masks, state.link.explored):
+    assert tree["a"]["kernel"].devices() == {jax.devices()[3]}
 
 
 # --- Data parallel ------------------------------------------------------------
@@ -324,6 +319,6 @@ def test_batch_sharded_over_data_and_parameters_over_model():
     inputs = jax.device_put(_inputs(i), NamedSharding(mesh, P("data")))
     params, opt_state = step(params, opt_state, inputs)
   _assert_same_as_on_all_data(params, opt_state)
-  layout = opt_state[0].status["a"]["kernel"].sharding
+  layout = opt_state.link.masks["a"]["kernel"].sharding
   assert layout.is_equivalent_to(shardings["a"]["kernel"], 2)
   sparseopt_jax.assert_replicas_agree(opt_state)

@@ -22,6 +22,7 @@ from scipy import stats
 
 import sparseopt_jax
 from sparseopt_jax import compare
+from sparseopt_jax import inspection
 from sparseopt_jax import train
 from sparseopt_jax.data import npz_source
 from sparseopt_jax.studies import __main__ as command
@@ -407,7 +408,7 @@ def test_exploration_shares_its_runs_with_convergence():
 CONFIG = Config(
   sparsity=0.5, topology="rigl", update_every=2, warmup_epochs=0.0, epochs=1
 )
-CORRECTED = frozenset({"Conv_0/kernel", "Conv_1/kernel"})
+CORRECTED = inspection.BatchNormalized(("Conv_0/kernel", "Conv_1/kernel"))
 
 
 @pytest.fixture(scope="module")
@@ -463,9 +464,8 @@ def steps(tx, params, count=6):
 @pytest.mark.parametrize("correction", ["on", "off"])
 def test_the_parts_make_the_trainers_optimiser(params, correction):
   parts = create(ablations._parts, params, correction=correction)
-  rebuilt = sparseopt_jax.keep_params_sparse(
-    optax.chain(parts.link, parts.decay, parts.sgd)
-  )
+  inner = optax.chain(parts.decay, parts.sgd)
+  rebuilt = sparseopt_jax.sparsify(inner, **parts.masking)
   expected = steps(
     create(optimizer.create, params, correction=correction), params
   )
@@ -537,16 +537,25 @@ def test_ham_gets_the_corrected_gradient(params):
   )
 
 
+def rescaled(mask, factors):
+  """Minus the corrected gradient times factors, as an optimiser."""
+  corrected = inspection.BatchNormalized(("kernel",))
+  tx = sparseopt_jax.sparsify(
+    optax.chain(ablations.scale_by_factors(), optax.scale(-1.0)),
+    0.5,
+    corrected=corrected,
+    masks={"kernel": jnp.asarray(mask)},
+  )
+  return ablations.with_factors(tx, corrected, factors)
+
+
 def test_dead_neurons_are_left_out():
   """sqrt(f_i n_live / nnz), dead neurons or not."""
   rng = np.random.default_rng(2)
   mask = rng.random((12, 8)) < 0.4
   mask[:, [1, 5, 6]] = False
   params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
-  link = sparseopt_jax.sparseopt(0.5, masks={"kernel": jnp.asarray(mask)})
-  tx = sparseopt_jax.keep_params_sparse(
-    optax.chain(ablations.leave_out_dead(link), optax.scale(-1.0))
-  )
+  tx = rescaled(mask, ablations.live_share)
   updates, _, grads, _ = first_update(tx, params)
   fan_in = mask.sum(axis=0)
   factor = np.sqrt(fan_in * 5 / fan_in.sum())
@@ -559,28 +568,25 @@ def test_inverted_correction_divides_by_its_factors():
   mask = rng.random((12, 8)) < 0.4
   mask[:, 3] = False
   params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
-  link = sparseopt_jax.sparseopt(0.5, masks={"kernel": jnp.asarray(mask)})
-  tx = sparseopt_jax.keep_params_sparse(
-    optax.chain(ablations.invert(link), optax.scale(-1.0))
-  )
+  tx = rescaled(mask, ablations.inverse)
   updates, _, grads, _ = first_update(tx, params)
   factor = np.where(mask.any(axis=0), factors(mask), 1)
   expected = np.where(mask, -np.array(grads["kernel"]) / factor, 0)
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
-def test_neurons_are_kept_alive():
+@pytest.mark.parametrize("kind", [sparseopt_jax.RigL, sparseopt_jax.SET])
+def test_neurons_are_kept_alive(kind):
   """None loses its last input, in updates that drop nearly everything."""
   rng = np.random.default_rng(6)
   weights = rng.normal(size=(3, 4, 32)) * np.geomspace(1e-3, 1, 32)
   params = {"kernel": jnp.asarray(weights, jnp.float32)}
-  topology = sparseopt_jax.RigL(
-    99, 1, drop_fraction=optax.constant_schedule(0.7)
-  )
-  link = sparseopt_jax.sparseopt(0.7, topology)
+  topology = kind(99, 1, drop_fraction=optax.constant_schedule(0.7))
 
-  def live(link):
-    tx = sparseopt_jax.keep_params_sparse(optax.chain(link, optax.scale(-0.0)))
+  def live(topology):
+    tx = sparseopt_jax.sparsify(
+      optax.scale(-0.0), 0.7, topology, corrected=True
+    )
     state = tx.init(params)
     found = [state]
     for _ in range(4):
@@ -591,9 +597,51 @@ def test_neurons_are_kept_alive():
     assert len({int(mask.sum()) for mask in masks}) == 1
     return [int(mask.any(axis=(0, 1)).sum()) for mask in masks]
 
-  dying, kept = live(link), live(ablations.keep_largest(link))
+  dying, kept = live(topology), live(ablations.keep_alive(topology))
   assert dying[0] == kept[0] > dying[-1]
   assert kept == sorted(kept)
+
+
+def test_one_weight_of_each_neuron_is_kept_alive():
+  """Of two equal ones the first, as in a neuron that has just been grown."""
+  weight = jnp.array([[1.0, 0.0, -3.0], [-2.0, 0.0, 3.0], [4.0, 0.0, 0.0]])
+  mask = jnp.array([[True, True, True], [True, True, True], [False] * 3])
+  layer = sparseopt_jax.Layer(
+    "kernel", 0, 0, (0,), np.array(6), True, weight, mask
+  )
+  topology = ablations.keep_alive(sparseopt_jax.RigL(99, drop_fraction=0.2))
+  assert (topology.update_until, topology.drop_fraction) == (99, 0.2)
+  np.testing.assert_array_equal(
+    topology.drop_scores(layer),
+    [[1.0, np.inf, np.inf], [np.inf, 0.0, 3.0], [4.0, 0.0, 0.0]],
+  )
+  static = sparseopt_jax.Static()
+  assert ablations.keep_alive(static) is static
+
+
+def test_factors_are_of_the_masks_before_the_update(params):
+  """As the correction's are, in the step of a mask update too."""
+  found = []
+
+  def factors(mask):
+    found.append(np.asarray(mask))
+    return jnp.ones(())
+
+  corrected = inspection.BatchNormalized(("Conv_1/kernel",))
+  tx = sparseopt_jax.sparsify(
+    optax.chain(ablations.scale_by_factors(), optax.sgd(0.1)),
+    0.5,
+    sparseopt_jax.RigL(99, 1),
+    corrected=corrected,
+  )
+  tx = ablations.with_factors(tx, corrected, factors)
+  state, expected = tx.init(params), []
+  for _ in range(3):
+    masks = sparseopt_jax.get_masks(state)
+    expected.append(np.asarray(masks["Conv_1"]["kernel"]))
+    _, state = tx.update(params, state, params)
+  assert np.any(expected[1] != expected[2])
+  np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 import sparseopt_jax
+from sparseopt_jax import inspection
 from sparseopt_jax import train
 from sparseopt_jax.training import build
 from sparseopt_jax.training import compiling
@@ -190,13 +191,15 @@ def test_parameters_start_masked_and_stay_so(monkeypatch):
 def test_correction_is_for_kernels_before_batch_norm(monkeypatch):
   params = _built(monkeypatch)[1].params
   model = tiny.Net("float32", None)
-  before = build._before_batch_norm(model, jnp.zeros((1, 8, 8, 1)))
-  assert sorted(before) == ["Conv_0/kernel", "Conv_1/kernel"]
+  before = inspection.batch_normalized(
+    model, jnp.zeros((1, 8, 8, 1)), train=False
+  )
+  assert sorted(before.paths) == ["Conv_0/kernel", "Conv_1/kernel"]
   gradient = jax.tree.map(jnp.ones_like, params)
   updates = {}
   for correction in ("on", "off"):
     config = Config(**tiny.FLAGS, correction=correction, weight_decay=0.0)
-    tx = optimizer.create(config, params, 6, frozenset(before))
+    tx = optimizer.create(config, params, 6, before)
     state = jax.jit(tx.init)(params)
     update = jax.jit(tx.update)
     for _ in range(2):  # The first has learning rate 0.
@@ -268,24 +271,19 @@ def test_replicas_that_differ_are_found(monkeypatch):
   _, create = build.task(config, layout)
   state = layout.put(create())
   layout.check_replicas(state)
-  status = np.asarray(jax.tree.leaves(state.opt_state[0].status)[0])
+  link = state.opt_state.link
+  leaves, treedef = jax.tree.flatten(link.masks)
+  mask = np.asarray(leaves[0])
   turned = [
     jax.device_put(values, device)
-    for values, device in zip(
-      (status, 0 * status), jax.devices()[:2], strict=True
-    )
+    for values, device in zip((mask, ~mask), jax.devices()[:2], strict=True)
   ]
   sharding = jax.tree.leaves(state.params)[0].sharding
-  apart = jax.make_array_from_single_device_arrays(
-    status.shape, sharding, turned
-  )
-  leaves, treedef = jax.tree.flatten(state.opt_state[0].status)
-  broken = state.opt_state[0]._replace(
-    status=treedef.unflatten([apart, *leaves[1:]])
-  )
+  apart = jax.make_array_from_single_device_arrays(mask.shape, sharding, turned)
+  broken = link._replace(masks=treedef.unflatten([apart, *leaves[1:]]))
   with pytest.raises(RuntimeError, match="the replicas' masks differ"):
     layout.check_replicas(
-      state._replace(opt_state=(broken, *state.opt_state[1:]))
+      state._replace(opt_state=state.opt_state._replace(link=broken))
     )
 
 
@@ -348,5 +346,5 @@ def test_training_never_compiles_again(monkeypatch, tmp_path):
 def test_state_without_masks_is_known():
   state = optax.sgd(0.1).init({"w": jnp.ones(3)})
   assert not state_lib.has_masks(state)
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.5)
+  tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=True)
   assert state_lib.has_masks(tx.init({"kernel": jnp.ones((4, 4))}))

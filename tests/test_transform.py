@@ -58,8 +58,12 @@ def masks_of(opt_state):
 
 
 def start(topology, **kwargs):
-  tx = sparseopt_jax.sparseopt_sgd(
-    0.1, 0.8, topology, momentum=0.9, weight_decay=1e-2, **kwargs
+  tx = sparseopt_jax.sparsify(
+    optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9)),
+    0.8,
+    topology,
+    corrected=True,
+    **kwargs,
   )
 
   @jax.jit
@@ -159,6 +163,38 @@ def test_number_of_active_weights_never_changes(name):
     assert {path: mask.sum() for path, mask in masks.items()} == counts
 
 
+def test_the_state_holds_what_its_fields_say():
+  corrected = lambda path, leaf: path.startswith("Conv")
+  topology = sparseopt_jax.RigL(1_000, 3, drop_fraction=0.5)
+  tx = sparseopt_jax.sparseopt(0.8, topology, corrected=corrected)
+  params, update = random_params(), jax.jit(tx.update)
+  state = tx.init(params)
+  masks = masks_of(state)
+  explored = {path: 3 * mask.astype(int) for path, mask in masks.items()}
+  for t in range(8):
+    _, state = update(random_gradients(t), state, params)
+    new = masks_of(state)
+    is_due = t in (3, 6)
+    assert (int(state.count), bool(state.updated)) == (t + 1, is_due)
+    for path, before in masks.items():
+      if is_due:
+        assert np.any(new[path] != before)
+        once = (explored[path] > 0).astype(int)
+        explored[path] = np.where(new[path], 2 + before, once)
+      np.testing.assert_array_equal(state.explored[path], explored[path])
+    masks = new
+  assert isinstance(state.masks["Dense_0/bias"], optax.MaskedNode)
+  for path, factor in zip(SPARSE, state.factors, strict=True):
+    assert factor.shape == (1,) * (len(PARAMS[path]) - 1) + PARAMS[path][-1:]
+    if corrected(path, None):
+      want = oracle.factors(masks[path])
+      np.testing.assert_allclose(factor.reshape(-1), want, rtol=1e-6)
+    else:
+      want = oracle.fan_ins(masks[path]) > 0
+      np.testing.assert_array_equal(factor.reshape(-1), want)
+      assert factor.dtype == jnp.bool_
+
+
 def dense(shapes, sparsity):
   del sparsity
   return dict.fromkeys(shapes, 1.0)
@@ -166,7 +202,7 @@ def dense(shapes, sparsity):
 
 def test_dense_masks_leave_gradients_alone_bit_for_bit():
   tx = sparseopt_jax.sparseopt(
-    0.8, sparseopt_jax.RigL(1_000, 3), distribution=dense
+    0.8, sparseopt_jax.RigL(1_000, 3), corrected=True, distribution=dense
   )
   params, update = random_params(), jax.jit(tx.update)
   opt_state = tx.init(params)
@@ -182,13 +218,9 @@ def test_dense_masks_are_plain_sgd_bit_for_bit():
   plain = optax.chain(
     optax.add_decayed_weights(1e-2), optax.sgd(0.1, momentum=0.9)
   )
-  sparse = sparseopt_jax.keep_params_sparse(
-    optax.chain(
-      sparseopt_jax.sparseopt(
-        0.8, sparseopt_jax.RigL(1_000, 3), distribution=dense
-      ),
-      plain,
-    )
+  topology = sparseopt_jax.RigL(1_000, 3)
+  sparse = sparseopt_jax.sparsify(
+    plain, 0.8, topology, corrected=True, distribution=dense
   )
   trajectories = []
   for tx in (plain, sparse):
@@ -209,7 +241,7 @@ def test_equal_fan_in_is_uncorrected_bit_for_bit():
   masks["Conv_1/kernel"] = kernel
   params = random_params()
   # The link alone: XLA may round what follows in a larger program otherwise.
-  tx = sparseopt_jax.sparseopt(0.5, masks=masks)
+  tx = sparseopt_jax.sparseopt(0.5, corrected=True, masks=masks)
   opt_state = tx.init(params)
   update = jax.jit(tx.update)
   for t in range(5):
@@ -243,9 +275,7 @@ def test_layers_that_are_not_corrected_keep_their_gradient():
 def test_masks_differ_between_layers_seeds_and_updates():
   params = {"a": np.ones((32, 32), np.float32), "b": np.ones((32, 32))}
   masks = [
-    sparseopt_jax.get_masks(
-      sparseopt_jax.sparseopt(0.5, seed=seed).init(params)
-    )
+    sparseopt_jax.sparseopt(0.5, corrected=True, seed=seed).init(params).masks
     for seed in (0, 1)
   ]
   drawn = [masks[0]["a"], masks[0]["b"], masks[1]["a"], masks[1]["b"]]
@@ -257,9 +287,13 @@ def test_masks_differ_between_layers_seeds_and_updates():
 
 def test_random_masks_are_uniform():
   params = {"kernel": np.ones((20, 10), np.float32)}
-  init = lambda seed: sparseopt_jax.sparseopt(0.9, seed=seed).init(params)
-  states = jax.vmap(init)(jnp.arange(2_000))
-  rate = np.mean(np.asarray(states.status["kernel"]) & 1, axis=0)
+
+  def init(seed):
+    tx = sparseopt_jax.sparseopt(0.9, corrected=True, seed=seed)
+    return sparseopt_jax.get_masks(tx.init(params))
+
+  masks = jax.vmap(init)(jnp.arange(2_000))
+  rate = np.mean(np.asarray(masks["kernel"]), axis=0)
   # 200 places, standard error sqrt(.1 * .9 / 2000) = .0067
   np.testing.assert_allclose(rate, 0.1, atol=0.03)
   assert 0.8 < np.std(rate) / 0.0067 < 1.2
@@ -272,7 +306,9 @@ def test_set_grows_uniformly_among_the_inactive():
 
   def grown(seed):
     topology = sparseopt_jax.SET(10, 1, drop_fraction=lambda count: 0.05)
-    tx = sparseopt_jax.sparseopt(0.5, topology, masks=masks, seed=seed)
+    tx = sparseopt_jax.sparseopt(
+      0.5, topology, corrected=True, masks=masks, seed=seed
+    )
     opt_state = tx.init(params)
     for _ in range(2):
       _, opt_state = tx.update(params, opt_state, params)
@@ -292,7 +328,9 @@ def test_nothing_is_dropped_in_float64_where_the_fraction_is_zero():
   topology = sparseopt_jax.RigL(100, 1, drop_fraction=0.0)
   with jax.enable_x64(True):
     params = {"kernel": jnp.zeros(mask.shape)}
-    tx = sparseopt_jax.sparseopt(0.9, topology, masks={"kernel": mask})
+    tx = sparseopt_jax.sparseopt(
+      0.9, topology, corrected=True, masks={"kernel": mask}
+    )
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(3):
       _, opt_state = update(params, opt_state, params)
@@ -313,7 +351,9 @@ def test_finite_is_told_in_the_gradients_own_dtype(dtype, value, skipped):
   with jax.enable_x64(dtype == "float64"):
     params = {"kernel": jnp.ones((6, 5)), "other": jnp.ones(3, dtype)}
     gradients = params | {"other": params["other"].at[1].set(value)}
-    tx = sparseopt_jax.sparseopt(0.5, sparseopt_jax.RigL(100, 1))
+    tx = sparseopt_jax.sparseopt(
+      0.5, sparseopt_jax.RigL(100, 1), corrected=True
+    )
     opt_state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
       _, opt_state = update(gradients, opt_state, params)
@@ -322,7 +362,7 @@ def test_finite_is_told_in_the_gradients_own_dtype(dtype, value, skipped):
 
 
 def _checksum(seed):
-  tx = sparseopt_jax.sparseopt(0.5, seed=seed)
+  tx = sparseopt_jax.sparseopt(0.5, corrected=True, seed=seed)
   return int(sparseopt_jax.masks_checksum(tx.init({"k": jnp.ones((64, 64))})))
 
 

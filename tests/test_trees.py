@@ -18,10 +18,15 @@ RIGL = sparseopt_jax.RigL(100, update_every=2, drop_fraction=0.5)
 KEY = jax.random.key(0)
 
 
-def _find_state(opt_state: Any) -> sparseopt_jax.SparseOptState:
-  is_state = lambda x: isinstance(x, sparseopt_jax.SparseOptState)
-  nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
-  return next(node for node in nodes if is_state(node))
+def _sgd(
+  topology: Any = sparseopt_jax.Static(),  # noqa: B008
+  learning_rate: float = 0.1,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  inner = optax.chain(
+    optax.add_decayed_weights(1e-2), optax.sgd(learning_rate, momentum=0.9)
+  )
+  return sparseopt_jax.sparsify(inner, 0.5, topology, corrected=True, **options)
 
 
 def _noise(seed: int, tree: Any) -> Any:
@@ -55,8 +60,7 @@ def _paths(tree: Any) -> list[str]:
 
 
 def _assert_sparse_training(params: Any, expected_paths: list[str]) -> None:
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.5, RIGL, weight_decay=1e-2)
-  new, before, after = _train(tx, params)
+  new, before, after = _train(_sgd(RIGL), params)
   assert jax.tree.structure(new) == jax.tree.structure(params)
   assert _paths(after) == expected_paths
   pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
@@ -129,6 +133,16 @@ def test_linen_partitioned_boxes():
   params = module.init(KEY, jnp.ones((1, 6)))["params"]
   assert isinstance(params["kernel"], nn.Partitioned)
   _assert_sparse_training(params, ["kernel/value"])
+  # A rule, a table and given masks know the leaf by its name without the box.
+  seen = []
+  tx = _sgd(sparse=lambda path, leaf: seen.append(path) or path == "kernel")
+  opt_state = tx.init(params)
+  assert set(seen) == {"kernel", "bias"}
+  assert "\nkernel " in sparseopt_jax.sparsity_table(opt_state)
+  mask = np.eye(6, 4, dtype=bool)
+  opt_state = _sgd(masks={"kernel": mask}).init(params)
+  (got,) = jax.tree.leaves(sparseopt_jax.get_masks(opt_state))
+  np.testing.assert_array_equal(got, mask)
 
 
 # --- NNX ----------------------------------------------------------------------
@@ -154,9 +168,9 @@ def _nnx_loss(net, images, words):
 def _nnx_training(tx, steps=4):
   net = _Net()
   optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
-  params = nnx.as_pure(nnx.state(net, nnx.Param))
-  opt_state = nnx.as_pure(optimizer.opt_state)
-  nnx.update(net, sparseopt_jax.apply_masks(params, opt_state))
+  params = nnx.state(net, nnx.Param)
+  old_masks = sparseopt_jax.get_masks(nnx.clone(optimizer).opt_state)
+  nnx.update(net, sparseopt_jax.apply_masks(params, optimizer.opt_state))
   images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), "f4")
   words = jnp.arange(5)
 
@@ -167,7 +181,7 @@ def _nnx_training(tx, steps=4):
 
   for _ in range(steps):
     step(net, optimizer)
-  return net, nnx.as_pure(optimizer.opt_state), opt_state
+  return net, optimizer.opt_state, old_masks
 
 
 def test_nnx_optimizer():
@@ -177,15 +191,14 @@ def test_nnx_optimizer():
     seen.append(path)
     return path.endswith("kernel")
 
-  tx = sparseopt_jax.sparseopt_sgd(1e-3, 0.5, RIGL, sparse=sparse)
-  net, opt_state, old_opt_state = _nnx_training(tx)
+  tx = _sgd(RIGL, learning_rate=1e-3, sparse=sparse)
+  net, opt_state, old_masks = _nnx_training(tx)
   assert {"conv/kernel", "head/kernel", "embed/embedding"} <= set(seen)
   masks = sparseopt_jax.get_masks(opt_state)
-  old_masks = sparseopt_jax.get_masks(old_opt_state)
   for name in ("conv", "head"):
     kernel = np.asarray(getattr(net, name).kernel[...])
-    mask = np.asarray(masks[name]["kernel"])
-    old_mask = np.asarray(old_masks[name]["kernel"])
+    mask = np.asarray(masks[name]["kernel"][...])
+    old_mask = np.asarray(old_masks[name]["kernel"][...])
     assert mask.shape == kernel.shape
     assert mask.sum() == old_mask.sum()
     assert not kernel[~mask].any()
@@ -198,7 +211,7 @@ def test_nnx_optimizer():
 
 def test_nnx_defaults_leave_embeddings_and_norms_dense():
   params = nnx.state(_Net(), nnx.Param)
-  opt_state = sparseopt_jax.sparseopt_sgd(0.1, 0.5).init(params)
+  opt_state = _sgd().init(params)
   masks = sparseopt_jax.get_masks(opt_state)
   shapes = sorted(mask.shape for mask in jax.tree.leaves(masks))
   assert shapes == [(3, 3, 2, 4), (4, 3)]
@@ -259,7 +272,7 @@ def test_layers_are_corrected_per_neuron(name):
   params = layer
   if input_shape is not None:
     params = layer.init(KEY, jnp.ones(input_shape))["params"]
-  tx = sparseopt_jax.sparseopt(0.6, output_axis=axis)
+  tx = sparseopt_jax.sparseopt(0.6, corrected=True, output_axis=axis)
   opt_state = tx.init(params)
   (mask,) = jax.tree.leaves(sparseopt_jax.get_masks(opt_state))
   assert sparseopt_jax.neuron_sparsity(mask, axis).shape == neurons
@@ -282,16 +295,16 @@ def test_an_axis_for_each_leaf():
     "dense": {"kernel": _array(6, 5)},
   }
   axes = {"up/kernel": -2, "query/kernel": (1, 2)}
-  tx = sparseopt_jax.sparseopt(
-    0.5, output_axis=lambda path, leaf: axes.get(path, -1)
-  )
+  axis_of = lambda path, leaf: axes.get(path, -1)
+  tx = sparseopt_jax.sparseopt(0.5, corrected=True, output_axis=axis_of)
   state = tx.init(params)
-  shapes = jax.tree.map(lambda x: x.shape, state.fan_in)
-  assert shapes == {
-    "up": {"kernel": (1, 1, 4, 1)},
-    "query": {"kernel": (1, 2, 3)},
-    "out": {"kernel": (1, 1, 8)},
-    "dense": {"kernel": (1, 5)},
+  shapes = [factor.shape for factor in state.factors]
+  names = [path.removesuffix("/kernel") for path in _paths(params)]
+  assert dict(zip(names, shapes, strict=True)) == {
+    "up": (1, 1, 4, 1),
+    "query": (1, 2, 3),
+    "out": (1, 1, 8),
+    "dense": (1, 5),
   }
   gradients = _noise(1, params)
   updates, _ = tx.update(gradients, state, params)
@@ -306,25 +319,18 @@ def test_an_axis_for_each_leaf():
 
 
 def test_layers_of_one_shape_but_different_axes():
-  """They share the selection of a mask update, not their fan-ins."""
+  """They share the selection of a mask update, not their factors."""
   params = {"a": _array(6, 6), "b": _array(6, 6)}
-  tx = sparseopt_jax.sparseopt_sgd(
-    0.1, 0.5, RIGL, output_axis=lambda path, leaf: 0 if path == "a" else -1
-  )
+  tx = _sgd(RIGL, output_axis=lambda path, leaf: 0 if path == "a" else -1)
   opt_state = tx.init(params)
   update = jax.jit(tx.update)
   for i in range(4):
     _, opt_state = update(_noise(i, params), opt_state, params)
   masks = sparseopt_jax.get_masks(opt_state)
-  state = _find_state(opt_state)
-  for name, axis in (("a", 0), ("b", -1)):
-    fan_in = oracle.fan_ins(masks[name], axis)
-    np.testing.assert_array_equal(np.ravel(state.fan_in[name]), fan_in)
-    np.testing.assert_allclose(
-      np.ravel(state.correction[name]),
-      oracle.factors(masks[name], axis),
-      rtol=1e-6,
-    )
+  factors = zip(opt_state.link.factors, ("a", "b"), (0, -1), strict=True)
+  for factor, name, axis in factors:
+    expected = oracle.factors(masks[name], axis)
+    np.testing.assert_allclose(np.ravel(factor), expected, rtol=1e-6)
 
 
 # --- Dtypes -------------------------------------------------------------------
@@ -334,13 +340,11 @@ def test_layers_of_one_shape_but_different_axes():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_exact_zeros_in_every_pair_of_dtypes(dtype, slots):
   params = {"a": _array(6, 4).astype(dtype), "b": _array(4, 5)}
-  tx = sparseopt_jax.keep_params_sparse(
-    optax.chain(
-      sparseopt_jax.sparseopt(0.5, RIGL),
-      optax.add_decayed_weights(1e-2),
-      optax.sgd(0.1, momentum=0.9, accumulator_dtype=slots),
-    )
+  inner = optax.chain(
+    optax.add_decayed_weights(1e-2),
+    optax.sgd(0.1, momentum=0.9, accumulator_dtype=slots),
   )
+  tx = sparseopt_jax.sparsify(inner, 0.5, RIGL, corrected=True)
   dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
   opt_state = tx.init(params)
   expected = dtypes(opt_state)
@@ -361,8 +365,77 @@ def test_exact_zeros_in_every_pair_of_dtypes(dtype, slots):
 
 def test_empty_leaves_and_scalars_stay_dense():
   params = {"a": _array(6, 4), "e": {"kernel": jnp.zeros((0, 3))}, "t": 1.0}
-  opt_state = sparseopt_jax.sparseopt_sgd(0.1, 0.5, RIGL).init(params)
+  opt_state = _sgd(RIGL).init(params)
   assert _paths(sparseopt_jax.get_masks(opt_state)) == ["a"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Embedding:
+  """As Equinox's table: its class tells what it is, and no name need to."""
+
+  weight: jax.Array
+
+
+# By path, whether the leaf is sparse by default.
+DEFAULTS = {
+  "Dense_0/kernel": ((6, 4), True),
+  "net/w": ((6, 4), True),
+  "heads/query/kernel": ((8, 2, 3), True),
+  "Conv_0/kernel": ((3, 3, 2, 4), True),
+  # Patches: a convolution, whatever it is called.
+  "embedding/kernel": ((4, 4, 3, 8), True),
+  "patch_embed/weight": ((8, 3, 4, 4), True),
+  "patch_embedding/weight": ((8, 3, 4, 4), True),
+  # At most one axis longer than 1.
+  "instance_norm/w": ((1, 1, 1, 8), False),
+  "depth/kernel": ((1, 8), False),
+  "Dense_0/bias": ((4,), False),
+  # Shifts and scales.
+  "attention/bias": ((2, 3), False),
+  "norm/scale": ((4, 6), False),
+  "batch_norm/offset": ((1, 1, 1, 8), False),
+  "group_norm/offset": ((2, 8), False),
+  # Tables.
+  "Embed_0/embedding": ((7, 4), False),
+  "embed/embeddings": ((7, 4), False),
+  "Transformer/posembed_input/pos_embedding": ((1, 9, 8), False),
+  "rel_embedding": ((2, 9), False),
+  "vit/cls": ((2, 1, 8), False),
+  "MAPHead_0/probe": ((2, 1, 8), False),
+  "wte/weight": ((7, 4), False),
+  "token_embedding/weight": ((7, 4), False),
+}
+
+
+@pytest.mark.parametrize("path", DEFAULTS)
+def test_kernels_are_sparse_by_default(path):
+  shape, is_sparse = DEFAULTS[path]
+  params: Any = jnp.ones(shape)
+  for name in reversed(path.split("/")):
+    params = {name: params}
+  params = {"always": {"kernel": jnp.ones((4, 4))}, "of": params}
+  masks = sparseopt_jax.get_masks(_sgd().init(params))
+  expected = ["always/kernel"] + [f"of/{path}"] * is_sparse
+  assert _paths(masks) == expected
+
+
+@pytest.mark.parametrize("name", ["words", "lookup", "weight"])
+def test_tables_are_known_by_their_class(name):
+  params = {
+    "net": {name: Embedding(_array(7, 4)), "out": _Layer(_array(5, 4), None)}
+  }
+  _assert_sparse_training(params, ["net/out/weight"])
+  # Unless somebody wants them.
+  opt_state = _sgd(sparse=lambda path, leaf: True).init(params)
+  masks = sparseopt_jax.get_masks(opt_state)
+  assert len(jax.tree.leaves(masks)) == 2
+
+
+def test_axes_that_stack_layers_make_no_kernel():
+  params = {"scanned": {"w": _array(3, 6), "kernel": _array(3, 6, 4)}}
+  masks = sparseopt_jax.get_masks(_sgd(stacked=1).init(params))
+  assert _paths(masks) == ["scanned/kernel"]
 
 
 @pytest.mark.parametrize("value", [True, np.True_])
@@ -378,9 +451,10 @@ def test_rules_may_be_prefixes_as_for_optax_masked(value):
   prefix = {"net": value, "head": False}
   for name in ("sparse", "corrected"):
     got, expected = (
-      sparseopt_jax.sparseopt(0.5, **{name: rule}).init(params)
+      sparseopt_jax.sparseopt(0.5, **{"corrected": True, name: rule})
       for rule in (prefix, everything)
     )
+    got, expected = got.init(params), expected.init(params)
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
@@ -388,7 +462,7 @@ def test_rules_may_be_prefixes_as_for_optax_masked(value):
 def test_false_of_numpy_turns_the_correction_off():
   params = {"a": _array(6, 4)}
   state = sparseopt_jax.sparseopt(0.5, corrected=np.False_).init(params)
-  assert not jax.tree.leaves(state.correction)
+  assert [factor.dtype for factor in state.factors] == [jnp.bool_]
 
 
 # --- Strict promotion ---------------------------------------------------------
@@ -401,18 +475,12 @@ def test_false_of_numpy_turns_the_correction_off():
     sparseopt_jax.Static(),
     sparseopt_jax.SET(100, 2),
     sparseopt_jax.RigL(100, 2, grow_from="corrected"),
-    sparseopt_jax.RigL(100, 2, accumulate=2),
   ],
-  ids=["static", "set", "rigl", "accumulate"],
+  ids=["static", "set", "rigl"],
 )
 def test_strict_dtype_promotion(dtype, topology):
   params = {"a": _array(6, 4).astype(dtype), "b": _array(4).astype(dtype)}
-  tx = sparseopt_jax.keep_params_sparse(
-    optax.chain(
-      sparseopt_jax.sparseopt(0.5, topology),
-      sparseopt_jax.ham(optax.sgd(0.1, momentum=0.9), 0.1),
-    )
-  )
+  tx = _sgd(topology)
   expected = _train(tx, params)
   with jax.numpy_dtype_promotion("strict"):
     got = _train(tx, params)
@@ -429,7 +497,7 @@ def test_strict_dtype_promotion(dtype, topology):
 )
 def test_strict_dtype_promotion_with_64_bit_types(topology):
   params = {"a": _array(6, 4).astype(np.float32), "b": np.ones(4, np.float32)}
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.5, topology=topology)
+  tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, topology, corrected=True)
   expected = _train(tx, params)
   with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
     got = _train(tx, params)

@@ -1,19 +1,22 @@
 """The extra argument `update_masks`: the host says what is due."""
 
+import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import topologies
 
 import sparseopt_jax
 
 TOPOLOGIES = [
   sparseopt_jax.SET(update_until=9, update_every=3),
   sparseopt_jax.RigL(update_until=9, update_every=3),
-  sparseopt_jax.RigL(update_until=9, update_every=3, accumulate=2),
+  topologies.GrowBySum(update_until=9, update_every=3),
 ]
 
 
@@ -25,12 +28,16 @@ def _params():
   }
 
 
-def _run(topology, say_so, wrapped=True):
-  tx = optax.chain(
-    sparseopt_jax.sparseopt(0.6, topology), optax.sgd(0.1, momentum=0.9)
-  )
+def _optimizer(topology, wrapped=True, inner=None):
+  inner = optax.sgd(0.1, momentum=0.9) if inner is None else inner
   if wrapped:
-    tx = sparseopt_jax.keep_params_sparse(tx)
+    return sparseopt_jax.sparsify(inner, 0.6, topology, corrected=True)
+  link = sparseopt_jax.sparseopt(0.6, topology, corrected=True)
+  return optax.chain(link, inner)
+
+
+def _run(topology, say_so, wrapped=True):
+  tx = _optimizer(topology, wrapped)
   params = _params()
   opt_state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)
@@ -77,32 +84,92 @@ def test_is_due_on_the_host():
   assert topology.is_due(4) is False
 
 
+def _program(tx, params, update_masks, platform):
+  """One step of a transformation, lowered but not compiled."""
+  opt_state = tx.init(params)
+
+  def step(gradients, opt_state, params):
+    return tx.update(gradients, opt_state, params, update_masks=update_masks)
+
+  traced = jax.jit(step).trace(params, opt_state, params)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def _operations(program):
+  """How often each operation stands in a program, those in functions once."""
+  return collections.Counter(re.findall(r"stablehlo\.\w+|call(?= @)", program))
+
+
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("topology", TOPOLOGIES[:2], ids=str)
-def test_between_mask_updates_it_is_the_program_of_static_masks(
+def test_between_mask_updates_it_is_as_short_as_with_static_masks(
   topology, platform
 ):
   params = _params()
+  static = _optimizer(sparseopt_jax.Static())
+  moving = _optimizer(topology)
+  texts = [
+    _program(static, params, None, platform),
+    _program(moving, params, False, platform),
+    _program(moving, params, None, platform),
+  ]
+  assert ["while" in text for text in texts] == [False, False, True]
+  expected, got, counted = map(_operations, texts)
+  # Masks are read from `explored`, by a bitwise and; nothing else is new.
+  assert got.keys() <= expected.keys() | {"stablehlo.and"}
+  assert got.total() - expected.total() <= 5 * len(params)
+  assert counted.total() > 4 * got.total()
 
-  def program(topology, update_masks):
-    tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
-    opt_state = tx.init(params)
 
-    def step(gradients, opt_state, params):
-      return tx.update(gradients, opt_state, params, update_masks=update_masks)
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_between_mask_updates_no_slot_is_started_afresh(topology):
+  """The optimiser's init, which makes fresh slots, is not so much as traced."""
+  sgd, calls = optax.sgd(0.1, momentum=0.9), []
 
-    traced = jax.jit(step).trace(params, opt_state, params)
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+  def init(params):
+    calls.append(params)
+    return sgd.init(params)
 
-  static = program(sparseopt_jax.Static(), None)
-  assert "while" not in static
-  assert program(topology, False) == static
-  assert "while" in program(topology, None)
+  inner = optax.GradientTransformation(init, sgd.update)
+  tx, params = _optimizer(topology, inner=inner), _params()
+  opt_state = tx.init(params)
+  traced = {}
+  for update_masks in (False, True, None):
+    calls.clear()
+    step = functools.partial(tx.update, update_masks=update_masks)
+    jax.eval_shape(step, params, opt_state, params)
+    traced[update_masks] = len(calls)
+  assert traced[False] == 0
+  assert traced[True] == traced[None] > 0
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_between_mask_updates_the_step_is_that_of_static_masks(topology):
+  params = _params()
+  moving = _optimizer(topology)
+  opt_state = moving.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  gradients = jax.tree.map(jnp.cos, _params())
+  # From a state in which masks have just moved, and slots are not zero.
+  _, opt_state = moving.update(gradients, opt_state, params, update_masks=True)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  masks = sparseopt_jax.get_masks(opt_state)
+  inner = optax.sgd(0.1, momentum=0.9)
+  static = sparseopt_jax.sparsify(inner, 0.6, masks=masks, corrected=True)
+  expected = static.init(params)._replace(inner=opt_state.inner)
+  got, opt_state = jax.jit(
+    functools.partial(moving.update, update_masks=False)
+  )(gradients, opt_state, params)
+  expected, expected_state = jax.jit(static.update)(gradients, expected, params)
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+  jax.tree.map(
+    np.testing.assert_array_equal, opt_state.inner, expected_state.inner
+  )
 
 
 def test_skipped_where_a_gradient_is_not_finite():
   topology = sparseopt_jax.RigL(update_until=9, update_every=1)
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+  tx = _optimizer(topology)
   params = _params()
   opt_state = tx.init(params)
   before = sparseopt_jax.get_masks(opt_state)
@@ -113,16 +180,28 @@ def test_skipped_where_a_gradient_is_not_finite():
   assert int(sparseopt_jax.sparsity_metrics(opt_state)["skipped_updates"]) == 1
 
 
-@pytest.mark.parametrize("value", [1, "yes", np.bool_(True)])
+@pytest.mark.parametrize("value", [1, "yes", np.int64(1)])
 def test_must_be_known_while_tracing(value):
-  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0])
+  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0], corrected=True)
   params = _params()
   with pytest.raises(TypeError, match="update_masks must be a bool"):
     tx.update(params, tx.init(params), params, update_masks=value)
 
 
+def test_a_bool_of_numpy_will_do():
+  tx, params = _optimizer(TOPOLOGIES[0]), _params()
+  opt_state = tx.init(params)
+  for value in (False, True):
+    got, expected = (
+      tx.update(params, opt_state, params, update_masks=kind(value))
+      for kind in (np.bool_, bool)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert got[1].link.updated == value
+
+
 def test_a_traced_value_is_refused():
-  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0])
+  tx = sparseopt_jax.sparseopt(0.6, TOPOLOGIES[0], corrected=True)
   params = _params()
   opt_state = tx.init(params)
 
@@ -137,14 +216,13 @@ def test_a_traced_value_is_refused():
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_count_that_is_set_back_resets_no_weights(wrapped):
   """A mask update of long ago was once taken for one of this call."""
-  topology = sparseopt_jax.RigL(update_until=100, update_every=4)
-  chain = lambda topology: optax.chain(
-    sparseopt_jax.sparseopt(0.6, topology), optax.sgd(0.1, momentum=0.9)
+  moving = _optimizer(
+    sparseopt_jax.RigL(update_until=100, update_every=4), wrapped
   )
-  wrap = sparseopt_jax.keep_params_sparse if wrapped else lambda tx: tx
+  static = _optimizer(sparseopt_jax.Static(), wrapped)
   params = _params()
   gradients = jax.tree.map(jnp.ones_like, params)
-  opt_state = wrap(chain(topology)).init(params)
+  opt_state = moving.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)
 
   def steps(tx, params, opt_state, number):
@@ -154,9 +232,8 @@ def test_a_count_that_is_set_back_resets_no_weights(wrapped):
       params = sparseopt_jax.apply_masks(params, opt_state)
       yield params, opt_state
 
-  *_, (params, opt_state) = steps(wrap(chain(topology)), params, opt_state, 8)
+  *_, (params, opt_state) = steps(moving, params, opt_state, 8)
   opt_state = optax.tree.set(opt_state, count=jnp.zeros([], jnp.int32))
-  static = wrap(chain(sparseopt_jax.Static()))
   masks = sparseopt_jax.get_masks(opt_state)
   for after, _ in steps(static, params, opt_state, 8):
     for mask, old, new in zip(
@@ -173,14 +250,14 @@ def test_eager_and_told_on_an_explicit_mesh():
   rows = jax.NamedSharding(mesh, jax.P("rows"))
   params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
   placed = jax.device_put(params, rows)
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=TOPOLOGIES[1])
+  tx = _optimizer(TOPOLOGIES[1])
   mine = tx.update(placed, tx.init(placed), placed, update_masks=True)
   other = tx.update(params, tx.init(params), params, update_masks=True)
   jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
 def test_eager_and_told_computes_no_nan():
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=TOPOLOGIES[1])
+  tx = _optimizer(TOPOLOGIES[1])
   params = _params()
   with jax.debug_nans(True):
     tx.update(params, tx.init(params), params, update_masks=True)
@@ -189,7 +266,7 @@ def test_eager_and_told_computes_no_nan():
 def test_nothing_is_dropped_beyond_the_end():
   params = _params()
   topology = sparseopt_jax.RigL(update_until=10, update_every=2)
-  tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity=0.6, topology=topology)
+  tx = _optimizer(topology)
   opt_state = optax.tree.set(tx.init(params), count=jnp.int32(15))
   _, after = tx.update(params, opt_state, params, update_masks=True)
   jax.tree.map(

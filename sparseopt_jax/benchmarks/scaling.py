@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 
 import sparseopt_jax
 from sparseopt_jax.benchmarks import optimizer
@@ -37,7 +38,12 @@ def run(
       steps, states = {}, {}
       for name, every in (("update", 1), ("between", 2**30)):
         make = getattr(sparseopt_jax, topology)
-        tx = sparseopt_jax.sparseopt_sgd(0.1, sparsity, make(2**31 - 1, every))
+        tx = sparseopt_jax.sparsify(
+          optax.sgd(0.1, momentum=0.9),
+          sparsity,
+          make(2**31 - 1, every),
+          corrected=True,
+        )
         steps[name], states[name] = optimizer.compiled_step(
           tx, params, gradients
         )

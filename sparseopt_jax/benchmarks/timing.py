@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 import sparseopt_jax
-from sparseopt_jax.training import tables
+from sparseopt_jax import metrics
 
 
 class Times(NamedTuple):
@@ -109,7 +109,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
   cells = [["", *(title.replace("_", " ") for title in titles)]]
   for name, row in rows.items():
     cells.append([name, *(_text(row.get(title)) for title in titles)])
-  return tables.aligned(cells)
+  return metrics.aligned(cells)
 
 
 def _text(value: Any) -> str:
@@ -161,7 +161,12 @@ def optimizers(
     "RigL": sparseopt_jax.RigL(forever, update_every),
   }
   found = {
-    name: sparseopt_jax.sparseopt_sgd(learning_rate, sparsity, topology)
+    name: sparseopt_jax.sparsify(
+      optax.sgd(learning_rate, momentum=0.9),
+      sparsity,
+      topology,
+      corrected=True,
+    )
     for name, topology in topologies.items()
   }
   for name in ("SET", "RigL"):

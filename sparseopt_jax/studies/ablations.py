@@ -8,7 +8,7 @@ is that of the trainer; see `VARIANTS`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import shlex
 import statistics
@@ -22,14 +22,18 @@ from matplotlib.figure import Figure
 import optax
 
 import sparseopt_jax
+from sparseopt_jax import _paths
 from sparseopt_jax import compare
+from sparseopt_jax import inspection
+from sparseopt_jax import metrics
+from sparseopt_jax._state import map_sparse
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
+from sparseopt_jax.studies import ham as ham_lib
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import plots
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -43,208 +47,211 @@ HAM = {"alpha": 200.0, "beta": 1e-3}
 ADAM_LEARNING_RATE = 1e-3
 # The first and the last layer.
 ENDS = ("Conv_0/kernel", "Dense_0/kernel")
+# From a layer's mask to the factors of its gradient.
+Factors = Callable[[jax.Array], jax.Array]
 
 
 class _Parts(NamedTuple):
-  """What the trainer's optimiser is a chain of, in this order."""
+  """What the trainer's optimiser is made of."""
 
-  link: optax.GradientTransformationExtraArgs
+  masking: dict[str, Any]  # `sparsify`'s arguments beside the optimiser
   decay: optax.GradientTransformation
   sgd: optax.GradientTransformation
   schedule: optax.Schedule
 
 
 def _parts(
-  config: Config, params: Any, steps_per_epoch: int, corrected: frozenset[str]
+  config: Config,
+  params: Any,
+  steps_per_epoch: int,
+  corrected: inspection.BatchNormalized,
 ) -> _Parts:
-  """What `training.optimizer.create` chains."""
+  """What `training.optimizer.create` puts together."""
   schedule = optimizer.schedule(config, steps_per_epoch)
   return _Parts(
-    optimizer.link(config, params, steps_per_epoch, corrected),
+    optimizer.masking(config, params, steps_per_epoch, corrected),
     optimizer.decay(config, params),
     optax.sgd(schedule, momentum=config.momentum),
     schedule,
   )
 
 
-def _sparse(*links: optax.GradientTransformation) -> Any:
-  return sparseopt_jax.keep_params_sparse(optax.chain(*links))
-
-
 def normalized(*arguments: Any) -> Any:
   """The gradient's norm is the same in each step: its direction alone."""
   parts = _parts(*arguments)
   norm = optax.normalize_by_update_norm(GRADIENT_NORM)
-  return _sparse(parts.link, norm, parts.decay, parts.sgd)
+  inner = optax.chain(norm, parts.decay, parts.sgd)
+  return sparseopt_jax.sparsify(inner, **parts.masking)
 
 
 def ham(*arguments: Any) -> Any:
   """HAM around decay and SGD."""
   parts = _parts(*arguments)
-  inner = optax.chain(parts.decay, parts.sgd)
-  return _sparse(parts.link, sparseopt_jax.ham(inner, parts.schedule, **HAM))
+  base = optax.chain(parts.decay, parts.sgd)
+  inner = ham_lib.ham(base, parts.schedule, **HAM)
+  return sparseopt_jax.sparsify(inner, **parts.masking)
 
 
 def decay_first(*arguments: Any) -> Any:
   """The correction scales the weight decay too."""
   parts = _parts(*arguments)
-  return _sparse(parts.decay, parts.link, parts.sgd)
+  sparse = sparseopt_jax.sparsify(parts.sgd, **parts.masking)
+  return optax.chain(parts.decay, sparse)
 
 
 def adam(*arguments: Any) -> Any:
-  """The link, then Adam with decoupled weight decay."""
+  """The correction, then Adam with decoupled weight decay."""
   parts = _parts(*arguments)
   rate = optax.scale_by_learning_rate(parts.schedule)
-  return _sparse(parts.link, optax.scale_by_adam(), parts.decay, rate)
+  inner = optax.chain(optax.scale_by_adam(), parts.decay, rate)
+  return sparseopt_jax.sparsify(inner, **parts.masking)
 
 
 def after_adam(*arguments: Any) -> Any:
   """The correction scales what Adam makes of the gradient."""
   parts = _parts(*arguments)
   rate = optax.scale_by_learning_rate(parts.schedule)
-  first = correct_after(parts.link, optax.scale_by_adam())
-  return _sparse(first, parts.decay, rate)
+  inner = optax.chain(
+    optax.scale_by_adam(), scale_by_factors(), parts.decay, rate
+  )
+  tx = sparseopt_jax.sparsify(inner, **{**parts.masking, "corrected": False})
+  return with_factors(tx, parts.masking["corrected"], correction)
 
 
 def live_mean(*arguments: Any) -> Any:
   """The mean sparsity of a layer is that of its live neurons."""
-  parts = _parts(*arguments)
-  return _sparse(leave_out_dead(parts.link), parts.decay, parts.sgd)
+  return _rescaled(_parts(*arguments), live_share)
+
+
+def inverted(*arguments: Any) -> Any:
+  """The skew is made twice as large, instead of being undone."""
+  return _rescaled(_parts(*arguments), inverse)
 
 
 def kept_alive(*arguments: Any) -> Any:
   """A mask update leaves every neuron its largest weight."""
   parts = _parts(*arguments)
-  return _sparse(keep_largest(parts.link), parts.decay, parts.sgd)
+  topology = keep_alive(parts.masking["topology"])
+  inner = optax.chain(parts.decay, parts.sgd)
+  return sparseopt_jax.sparsify(
+    inner, **{**parts.masking, "topology": topology}
+  )
 
 
-def inverted(*arguments: Any) -> Any:
-  """The skew is made twice as large, instead of being undone."""
-  parts = _parts(*arguments)
-  return _sparse(invert(parts.link), parts.decay, parts.sgd)
+def _rescaled(parts: _Parts, factors: Factors) -> Any:
+  """The trainer's optimiser, with factors after the correction."""
+  inner = optax.chain(scale_by_factors(), parts.decay, parts.sgd)
+  tx = sparseopt_jax.sparsify(inner, **parts.masking)
+  return with_factors(tx, parts.masking["corrected"], factors)
 
 
-def correct_after(
-  link: optax.GradientTransformationExtraArgs,
-  inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-  """The correction after an optimiser, instead of before it.
+def scale_by_factors() -> optax.GradientTransformationExtraArgs:
+  """Multiplies updates by the extra argument `factors`.
 
-  Masks still follow from the gradient as it is. Within `keep_params_sparse`
-  only: updates outside the masks are left to it.
-
-  Args:
-    link: `sparseopt_jax.sparseopt`.
-    inner: What the correction comes after.
+  That has the structure of the updates, with MaskedNode where nothing is done.
   """
 
-  def init_fn(params: Any) -> tuple[Any, Any]:
-    return link.init(params), inner.init(params)
+  def update_fn(
+    updates: Any, state: Any, params: Any = None, *, factors: Any, **extra: Any
+  ) -> tuple[Any, Any]:
+    del params, extra
+    scale = lambda factor, update: update * factor
+    scaled = map_sparse(scale, factors, updates)
+    return scaled, state
+
+  return optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, update_fn
+  )
+
+
+def with_factors(
+  tx: optax.GradientTransformationExtraArgs,
+  corrected: inspection.BatchNormalized | Literal[False],
+  factors: Factors,
+) -> optax.GradientTransformationExtraArgs:
+  """Hands factors to `scale_by_factors` inside of an optimiser.
+
+  They are of the masks under which the gradient was taken.
+
+  Args:
+    tx: `sparsify` around a chain with `scale_by_factors` in it.
+    corrected: Which layers get factors.
+    factors: Makes them from a layer's mask.
+  """
+
+  def of_leaf(path: tuple, mask: Any) -> Any:
+    is_one = corrected and corrected(_paths.name(path), mask)
+    is_dense = _paths.is_masked_node(mask)
+    return factors(mask) if is_one and not is_dense else optax.MaskedNode()
 
   def update_fn(
-    updates: Any, state: tuple[Any, Any], params: Any = None, **extra_args: Any
+    updates: Any, state: Any, params: Any = None, **extra: Any
   ) -> tuple[Any, Any]:
-    factors = state[0].correction
-    _, masks = link.update(updates, state[0], params, **extra_args)
-    updates, inner_state = inner.update(updates, state[1], params)
-    scaled = _for_each_layer(lambda d, u: d * u, factors, updates)
-    return scaled, (masks, inner_state)
+    masks = sparseopt_jax.get_masks(state)
+    extra["factors"] = jax.tree_util.tree_map_with_path(
+      of_leaf, masks, is_leaf=_paths.is_masked_node
+    )
+    return tx.update(updates, state, params, **extra)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def leave_out_dead(
-  link: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-  r"""The correction with the mean sparsity of a layer's live neurons alone.
+def correction(mask: jax.Array) -> jax.Array:
+  """The factors of the correction, of each weight; 0 outside the mask."""
+  return sparseopt_jax.correct(jnp.ones(mask.shape), mask)
+
+
+def live_share(mask: jax.Array) -> jax.Array:
+  r"""The root of the share of neurons that are alive.
 
   With :math:`n_{live}` of :math:`n_{out}` neurons alive, the factor
   :math:`\sqrt{f_i n_{live} / nnz}` is :math:`\sqrt{n_{live} / n_{out}}` times
-  that of the link.
-
-  Args:
-    link: `sparseopt_jax.sparseopt`; the state is its own.
+  that of the correction.
   """
-
-  def update_fn(
-    updates: Any, state: Any, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    # A neuron is dead if, and only if, its factor is 0.
-    factors = state.correction
-    updates, state = link.update(updates, state, params, **extra_args)
-    return _for_each_layer(_scale_by_live, factors, updates), state
-
-  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+  is_live = jnp.any(mask, axis=tuple(range(mask.ndim - 1)))
+  return jnp.sqrt(jnp.mean(is_live))
 
 
-def keep_largest(
-  link: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-  """A link that drops a neuron's largest weight after all others, if ever.
+def inverse(mask: jax.Array) -> jax.Array:
+  """What turns the factors of the correction into their inverses."""
+  return 1 / jnp.where(mask, correction(mask), 1) ** 2
+
+
+class _KeepAlive:
+  """Drops a neuron's largest weight after all others, if ever.
 
   So no neuron dies in training. One without inputs from the start may stay so.
-
-  Args:
-    link: `sparseopt_jax.sparseopt`; the state is its own. All its sparse layers
-      have their neurons on the last axis.
   """
 
-  def largest_last(mask: jax.Array, weights: jax.Array) -> jax.Array:
-    size = jnp.where(mask, jnp.abs(weights), -1).reshape(-1, mask.shape[-1])
+  def drop_scores(self, layer: sparseopt_jax.Layer) -> jax.Array:
+    """The weights, but infinity for the largest of each neuron.
+
+    Of equal ones it is the first. The neurons lie along the last axis.
+    """
+    size = jnp.where(layer.mask, jnp.abs(layer.weight), -1)
+    size = size.reshape(-1, size.shape[-1])
     place = jnp.argmax(size, axis=0)
     is_largest = jax.nn.one_hot(place, len(size), axis=0, dtype=bool)
-    return jnp.where(is_largest.reshape(mask.shape), jnp.inf, weights)
-
-  def update_fn(
-    updates: Any, state: Any, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    masks = sparseopt_jax.get_masks(state)
-    params = _for_each_layer(largest_last, masks, params)
-    return link.update(updates, state, params, **extra_args)
-
-  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+    is_largest = is_largest.reshape(layer.mask.shape)
+    return jnp.where(is_largest, jnp.inf, layer.weight)
 
 
-def invert(
-  link: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-  """The gradient divided by the factors of the correction.
-
-  Args:
-    link: `sparseopt_jax.sparseopt`; the state is its own.
-  """
-
-  def update_fn(
-    updates: Any, state: Any, params: Any = None, **extra_args: Any
-  ) -> tuple[Any, Any]:
-    factors = state.correction
-    updates, state = link.update(updates, state, params, **extra_args)
-    return _for_each_layer(_divide_twice, factors, updates), state
-
-  return optax.GradientTransformationExtraArgs(link.init, update_fn)
+class KeepAliveSET(_KeepAlive, sparseopt_jax.SET):
+  """SET that leaves every neuron its largest weight."""
 
 
-def _divide_twice(factor: jax.Array, update: jax.Array) -> jax.Array:
-  # A dead neuron has factor 0, and updates of 0.
-  return update / jnp.where(factor > 0, factor, 1) ** 2
+class KeepAliveRigL(_KeepAlive, sparseopt_jax.RigL):
+  """RigL that leaves every neuron its largest weight."""
 
 
-def _scale_by_live(factor: jax.Array, update: jax.Array) -> jax.Array:
-  return update * jnp.sqrt(jnp.mean(factor > 0))
-
-
-def _for_each_layer(function: Any, per_layer: Any, tree: Any) -> Any:
-  """Applies a function where the state has a value for a layer."""
-
-  def is_masked_node(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
-
-  return jax.tree.map(
-    lambda a, b: b if is_masked_node(a) else function(a, b),
-    per_layer,
-    tree,
-    is_leaf=is_masked_node,
-  )
+def keep_alive(topology: sparseopt_jax.Topology) -> sparseopt_jax.Topology:
+  """The same topology, but no neuron loses its largest weight."""
+  kinds: dict[type, type[sparseopt_jax.SET]] = {
+    sparseopt_jax.SET: KeepAliveSET,
+    sparseopt_jax.RigL: KeepAliveRigL,
+  }
+  kind = kinds.get(type(topology))
+  return topology if kind is None else kind(**vars(topology))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +385,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
           f"{row['dead_neurons']:.1f}",
         ]
       )
-  return tables.aligned(rows)
+  return metrics.aligned(rows)
 
 
 def figure(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:

@@ -23,12 +23,12 @@ from matplotlib.ticker import PercentFormatter
 import numpy as np
 
 from sparseopt_jax import compare
+from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import plots
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.config import Config
 
 NAME = "convergence"
@@ -176,7 +176,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         report.number(row["dead_difference"]),
       ]
     )
-  return tables.aligned(rows)
+  return metrics.aligned(rows)
 
 
 def _curves(

@@ -22,12 +22,12 @@ from matplotlib.ticker import PercentFormatter
 import numpy as np
 
 from sparseopt_jax import compare
+from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import plots
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -140,7 +140,7 @@ def table(results: Results) -> str:
           report.percent(row["test_accuracy"]),
         ]
       )
-  return tables.aligned(rows)
+  return metrics.aligned(rows)
 
 
 def figure(results: Results) -> Figure:

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from sparseopt_jax import data
+from sparseopt_jax import metrics
 from sparseopt_jax.studies import report
 from sparseopt_jax.studies import skew
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import plots
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.errors import UsageError
 
 NAME = "gradient-skew"
@@ -38,12 +38,12 @@ def table(raw: dict[str, Any]) -> str:
   return "\n\n".join(
     [
       "Sparse over dense gradient, all neurons with the same fan-in\n"
-      + tables.aligned(_ratio_rows(raw)),
+      + metrics.aligned(_ratio_rows(raw)),
       "Slopes against log(1 - s_i) at initialisation, without SparseOpt -> "
-      "with it\n" + tables.aligned(_slope_rows(raw)),
+      "with it\n" + metrics.aligned(_slope_rows(raw)),
       *_few_inputs_text(raw),
       "Slopes along training, batch norm, neurons with at least "
-      f"{skew.FAN_INS[-1]} inputs\n" + tables.aligned(_training_rows(raw)),
+      f"{skew.FAN_INS[-1]} inputs\n" + metrics.aligned(_training_rows(raw)),
     ]
   )
 
@@ -93,7 +93,7 @@ def _few_inputs_text(raw: dict[str, Any]) -> list[str]:
     "relative update\nless its mean over neurons with at least 20\n"
   )
   header = ["fan-in", "networks", "independent inputs", "measured"]
-  return [title + tables.aligned([header, *rows])]
+  return [title + metrics.aligned([header, *rows])]
 
 
 def _training_rows(raw: dict[str, Any]) -> list[list[str]]:

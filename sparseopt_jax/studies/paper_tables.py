@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from sparseopt_jax import compare
+from sparseopt_jax import metrics
 from sparseopt_jax.benchmarks import input_pipeline
 from sparseopt_jax.data import in_memory
 from sparseopt_jax.data.dataset import Dataset
@@ -31,7 +32,6 @@ from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import plots
 from sparseopt_jax.training import recipes
-from sparseopt_jax.training import tables
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -377,7 +377,7 @@ def text(
       ]
       for row in mine
     ]
-    parts.append(f"{title}: test accuracy\n{tables.aligned([header, *lines])}")
+    parts.append(f"{title}: test accuracy\n{metrics.aligned([header, *lines])}")
     lines = [
       [
         row["label"],
@@ -389,7 +389,7 @@ def text(
       if row["recipe"] == recipe
     ]
     header = ["gain of SparseOpt, points", "published", "own", "seeds"]
-    parts.append(f"{title}: gains\n{tables.aligned([header, *lines])}")
+    parts.append(f"{title}: gains\n{metrics.aligned([header, *lines])}")
     commands = [f"# {row['label']}\n{row['command']}" for row in mine]
     parts.append("\n".join([f"{title}: commands", *commands]))
   return "\n\n".join(parts)

@@ -370,12 +370,14 @@ def _train(
   """Trains one network; arrays of the result have a first axis of `stops`."""
   masks: dict[str, Any] = jax.tree.map(lambda _: optax.MaskedNode(), params)
   masks["hidden"]["kernel"] = mask
-  tx = sparseopt_jax.sparseopt_sgd(
-    _LEARNING_RATE,
+  tx = sparseopt_jax.sparsify(
+    optax.chain(
+      optax.add_decayed_weights(weight_decay),
+      optax.sgd(_LEARNING_RATE, momentum=0.9),
+    ),
     sparsity=0.0,  # Not used: masks are given.
-    weight_decay=weight_decay,
+    corrected=correction == "on",
     sparse=lambda path, _: path == "hidden/kernel",
-    corrected=None if correction == "on" else False,
     masks=masks,
   )
 

@@ -111,7 +111,7 @@ def task_on(
     config,
     variables["params"],
     source.steps_per_epoch(config.batch_size),
-    frozenset(_before_batch_norm(model, images)),
+    inspection.batch_normalized(model, images, train=False),
   )
   built = Task(
     model,
@@ -135,12 +135,6 @@ def _init(config: Config, model: Any, images: jax.Array) -> dict[str, Any]:
   if config.precision == "float64":
     return jax.tree.map(lambda x: x.astype(jnp.float64), variables)
   return variables
-
-
-def _before_batch_norm(model: Any, images: jax.Array) -> list[str]:
-  """Kernels whose output goes straight into batch norm: those to correct."""
-  found = inspection.normalizations(model, images, train=False)
-  return [path for path, kind in found.items() if kind == "batch_norm"]
 
 
 def describe(config: Config, built: Task) -> str:

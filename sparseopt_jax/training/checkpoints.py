@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from sparseopt_jax import _paths
 from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.errors import UsageError
 from sparseopt_jax.training.state import TrainState
@@ -195,9 +196,8 @@ def _check_shapes(state: Any, target: Any) -> None:
   leaves, _ = jax.tree.flatten_with_path(state)
   for (path, leaf), wanted in zip(leaves, jax.tree.leaves(target), strict=True):
     if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
-      name = jax.tree_util.keystr(path, simple=True, separator="/")
       raise ValueError(
-        f"{name} is {leaf.dtype} {leaf.shape}, not {wanted.dtype} "
+        f"{_paths.name(path)} is {leaf.dtype} {leaf.shape}, not {wanted.dtype} "
         f"{wanted.shape}: another network"
       )
 

@@ -10,6 +10,8 @@ import jax
 import optax
 
 import sparseopt_jax
+from sparseopt_jax import _paths
+from sparseopt_jax import inspection
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -28,12 +30,8 @@ def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
   Raises:
     UsageError: A pattern that matches no kernel, or nothing left to be sparse.
   """
-  leaves, _ = jax.tree.flatten_with_path(params)
-  kernels = {
-    jax.tree_util.keystr(path, simple=True, separator="/")
-    for path, leaf in leaves
-    if len(leaf.shape) > 1
-  }
+  leaves = zip(_paths.names(params), jax.tree.leaves(params), strict=True)
+  kernels = {path for path, leaf in leaves if len(leaf.shape) > 1}
   dense: set[str] = set()
   for pattern in dense_layers:
     matches = set(fnmatch.filter(kernels, pattern))
@@ -96,46 +94,48 @@ def decay(config: Config, params: Any) -> optax.GradientTransformation:
   return optax.add_decayed_weights(config.weight_decay, mask=kernels)
 
 
-def link(
+def masking(
   config: Config,
   params: Any,
   steps_per_epoch: int,
-  corrected: frozenset[str],
-) -> optax.GradientTransformationExtraArgs:
-  """Masks and correction; arguments and errors as for `create`."""
+  corrected: inspection.BatchNormalized,
+) -> dict[str, Any]:
+  """What `sparsify` takes beside the optimiser, by keyword.
+
+  Arguments and errors are those of `create`.
+  """
   sparse = sparse_paths(params, config.dense_layers)
-  if config.correction == "on" and not corrected & sparse:
+  if config.correction == "on" and not sparse.intersection(corrected.paths):
     raise UsageError(
       "--correction on: no sparse layer feeds batch normalisation; "
       "--correction off trains without it"
     )
-  rule = lambda path, leaf: path in corrected
-  return sparseopt_jax.sparseopt(
-    config.sparsity,
-    topology(config, config.epochs * steps_per_epoch),
-    distribution=config.distribution,
-    sparse=lambda path, leaf: path in sparse,
-    corrected=rule if config.correction == "on" else False,
-    seed=config.seed,
-  )
+  return {
+    "sparsity": config.sparsity,
+    "topology": topology(config, config.epochs * steps_per_epoch),
+    "corrected": corrected if config.correction == "on" else False,
+    "distribution": config.distribution,
+    "sparse": lambda path, leaf: path in sparse,
+    "seed": config.seed,
+  }
 
 
 def create(
   config: Config,
   params: Any,
   steps_per_epoch: int,
-  corrected: frozenset[str],
+  corrected: inspection.BatchNormalized,
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with momentum, sparse unless `--topology dense`.
 
-  The chain is: masked and corrected gradient, plus decayed kernels, then
-  momentum and learning rate; `keep_params_sparse` keeps the zeros exact.
+  `sparsify` masks and corrects the gradient and keeps the zeros exact; decay of
+  the kernels comes after the correction, then momentum and learning rate.
 
   Args:
     config: What was asked for.
     params: The parameters, or their shapes.
     steps_per_epoch: Steps in an epoch.
-    corrected: Paths of the kernels that feed batch normalisation.
+    corrected: The kernels that feed batch normalisation.
 
   Returns:
     The optimiser.
@@ -149,5 +149,5 @@ def create(
   )
   if config.topology == "dense":
     return optax.with_extra_args_support(sgd)
-  first = link(config, params, steps_per_epoch, corrected)
-  return sparseopt_jax.keep_params_sparse(optax.chain(first, sgd))
+  options = masking(config, params, steps_per_epoch, corrected)
+  return sparseopt_jax.sparsify(sgd, **options)

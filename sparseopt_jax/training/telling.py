@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 import tqdm
 
 import sparseopt_jax
+from sparseopt_jax import _paths
 from sparseopt_jax.metrics import on_host
 from sparseopt_jax.training import compiling
 from sparseopt_jax.training.state import TrainState
@@ -132,28 +132,28 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
   """`sparsity_metrics` as Python numbers, and `layers`: figures of each.
 
   A layer's `fan_in_spread` is the standard deviation of its neurons' fan-ins
-  over their mean. A dense run has sparsity 0, ITOP rate 1 and no layers.
+  over their mean; the neurons of a Flax kernel lie along its last axis. A dense
+  run has sparsity 0, ITOP rate 1 and no layers.
   """
   if not has_masks(opt_state):
     return {"sparsity": 0.0, "itop_rate": 1.0, "dead_neurons": 0, "layers": {}}
   metrics = jax.device_get(_metrics(opt_state))
   figures = {name: value.item() for name, value in metrics.items()}
-  masks = jax.tree.leaves(optax.tree.get(opt_state, "status"))
-  fan_ins, _ = jax.tree.flatten_with_path(optax.tree.get(opt_state, "fan_in"))
+  masks = sparseopt_jax.get_masks(opt_state)
   figures["layers"] = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): _layer(
-      mask.size, on_host(fan_in)
+    path: _layer(on_host(mask))
+    for path, mask in zip(
+      _paths.names(masks), jax.tree.leaves(masks), strict=True
     )
-    for mask, (path, fan_in) in zip(masks, fan_ins, strict=True)
   }
   return figures
 
 
-def _layer(size: int, fan_in: np.ndarray) -> dict[str, float]:
-  """All from the fan-ins, which are small: the masks stay on the device."""
+def _layer(mask: np.ndarray) -> dict[str, float]:
+  fan_in = mask.reshape(-1, mask.shape[-1]).sum(axis=0)
   mean = fan_in.mean().item()
   return {
-    "sparsity": 1 - fan_in.sum().item() / size,
+    "sparsity": 1 - fan_in.sum().item() / mask.size,
     "dead_neurons": int(np.count_nonzero(fan_in == 0)),
     "fan_in_spread": fan_in.std().item() / mean if mean else 0.0,
   }
@@ -165,16 +165,15 @@ def sparse_counts(state: TrainState) -> dict[str, Any]:
   if not has_masks(state.opt_state):
     return {"parameters": parameters, "density": 1.0}
   size = active = outside = 0
-  masks = jax.tree.leaves(
-    sparseopt_jax.get_masks(state.opt_state), is_leaf=_is_masked_node
-  )
-  for param, mask in zip(jax.tree.leaves(state.params), masks, strict=True):
-    if _is_masked_node(mask):
-      continue
+  params = _paths.by_name(state.params)
+  masks = sparseopt_jax.get_masks(state.opt_state)
+  for path, mask in zip(
+    _paths.names(masks), jax.tree.leaves(masks), strict=True
+  ):
     values = on_host(mask)
     size += values.size
     active += np.sum(values).item()
-    outside += np.sum((on_host(param) != 0) & ~values).item()
+    outside += np.sum((on_host(params[path]) != 0) & ~values).item()
   return {
     "parameters": parameters,
     "sparse_weights": size,
@@ -182,10 +181,6 @@ def sparse_counts(state: TrainState) -> dict[str, Any]:
     "density": active / size,
     "nonzero_outside_masks": outside,
   }
-
-
-def _is_masked_node(x: Any) -> bool:
-  return isinstance(x, optax.MaskedNode)
 
 
 def surroundings() -> dict[str, Any]:

@@ -37,12 +37,17 @@ def _loss(params, inputs):
 
 def _optimizer(seed, form="wrapped", drop_fraction=0.5):
   topology = sparseopt_jax.RigL(2 * STEPS, 3, drop_fraction)
-  chain = optax.chain(
-    sparseopt_jax.sparseopt(0.6, topology, seed=seed),
-    optax.add_decayed_weights(1e-3),
-    optax.sgd(0.1, momentum=0.9),
+  inner = optax.chain(
+    optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9)
   )
-  return sparseopt_jax.keep_params_sparse(chain) if form == "wrapped" else chain
+  options = {"corrected": True, "seed": seed}
+  if form == "wrapped":
+    return sparseopt_jax.sparsify(inner, 0.6, topology, **options)
+  return optax.chain(sparseopt_jax.sparseopt(0.6, topology, **options), inner)
+
+
+def _link(seed):
+  return sparseopt_jax.sparseopt(0.6, corrected=True, seed=seed)
 
 
 def _start(tx, seed):
@@ -117,7 +122,7 @@ def test_vmap_over_seeds(loops):
 
 def test_vmap_over_typed_keys():
   keys = jax.random.split(jax.random.key(0), 3)
-  init = lambda key: sparseopt_jax.sparseopt(0.6, seed=key).init(_params(0))
+  init = lambda key: _link(key).init(_params(0))
   states = jax.vmap(init)(keys)
   for i, key in enumerate(keys):
     mine = jax.tree.map(lambda x, i=i: x[i], states)
@@ -139,7 +144,7 @@ def test_mask_updates_run_only_when_due():
   @jax.vmap
   def step(seed, carry):
     # From the carry, so that each instance has a count of its own.
-    count = carry[1][0].count
+    count = carry[1].link.count
     tx = _optimizer(seed, drop_fraction=fraction)
     return _step(tx, "wrapped", carry, count)
 
@@ -192,7 +197,9 @@ def test_donated_buffers():
   masks = sparseopt_jax.get_masks(_optimizer(0).init(_params(0)))
   topology = sparseopt_jax.RigL(STEPS, 3, 0.5)
   for given in (None, masks):
-    tx = sparseopt_jax.sparseopt_sgd(0.1, 0.6, topology, masks=given, seed=key)
+    options = {"corrected": True, "masks": given, "seed": key}
+    inner = optax.sgd(0.1, momentum=0.9)
+    tx = sparseopt_jax.sparsify(inner, 0.6, topology, **options)
 
     def step(carry, i, tx=tx):
       return _step(tx, "wrapped", carry, i)
@@ -207,9 +214,7 @@ def test_donated_buffers():
 
 def test_seeds():
   checksum = lambda seed: int(
-    sparseopt_jax.masks_checksum(
-      sparseopt_jax.sparseopt(0.6, seed=seed).init(_params(0))
-    )
+    sparseopt_jax.masks_checksum(_link(seed).init(_params(0)))
   )
   assert checksum(7) == checksum(np.int64(7)) == checksum(jnp.array(7))
   assert checksum(jax.random.PRNGKey(7)) == checksum(7)

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sparseopt_jax import _correction
-from sparseopt_jax import _wrappers
+from sparseopt_jax import _lax
+from sparseopt_jax import _numbers
+from sparseopt_jax._numbers import check, check_type
 
 # The exponent of a step lies between these.
 _MAX_EXPONENT = 5.0
 
 
 class HamState(NamedTuple):
-  """State of :func:`sparseopt_jax.ham`."""
+  """State of `ham`."""
 
   # shape=(), dtype=jnp.int32; steps so far
   count: jax.Array  # type: ignore[assignment]
@@ -30,7 +31,7 @@ def _hyperbolic_step(
   beta: float,
 ) -> jax.Array:
   """What to add to a weight so that it makes both steps; the update's dtype."""
-  wide = _correction.wide_dtype(update.dtype)
+  wide = _lax.wide_dtype(update.dtype)
   stepped = param.astype(wide) + update.astype(wide)
   growth = alpha * jnp.sign(stepped) * gradient.astype(wide) + beta
   exponent = -jnp.asarray(rate, wide) * growth
@@ -59,9 +60,7 @@ def ham(
   rate. The exponent is clamped to :math:`[-5, 5]`. Only leaves with two or more
   axes make the step, and a weight at 0 stays there.
 
-  With :func:`sparseopt_jax.sparseopt` it goes round the optimiser that follows
-  the link, so that :math:`g` is masked and corrected, and
-  :func:`sparseopt_jax.keep_params_sparse` goes round the whole chain.
+  Inside :func:`sparseopt_jax.sparsify`, :math:`g` is masked and corrected.
 
   Args:
     inner: The base optimiser, learning rate and sign included.
@@ -71,8 +70,8 @@ def ham(
       and 16e-3 on CIFAR-100.
 
   Returns:
-    A ``GradientTransformationExtraArgs`` with a
-    :class:`sparseopt_jax.HamState`. Its ``update`` needs ``params``.
+    A ``GradientTransformationExtraArgs`` with a `HamState`. Its ``update``
+    needs ``params``.
 
   Raises:
     TypeError: If an argument has the wrong type.
@@ -84,11 +83,9 @@ def ham(
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import sparseopt_jax
-    >>> tx = sparseopt_jax.keep_params_sparse(
-    ...   optax.chain(
-    ...     sparseopt_jax.sparseopt(0.75),
-    ...     sparseopt_jax.ham(optax.sgd(0.1, momentum=0.9), 0.1),
-    ...   )
+    >>> from sparseopt_jax.studies import ham
+    >>> tx = sparseopt_jax.sparsify(
+    ...   ham.ham(optax.sgd(0.1, momentum=0.9), 0.1), 0.75, corrected=True
     ... )
     >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
     >>> opt_state = tx.init(params)
@@ -101,14 +98,13 @@ def ham(
     Jacobs et al., `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
     <https://arxiv.org/abs/2506.02630>`_, 2026
   """
-  _wrappers.check_transformation("inner", inner)
+  is_one = hasattr(inner, "init") and hasattr(inner, "update")
+  check_type(is_one, "inner must be a GradientTransformation", inner)
   for name, value in (("alpha", alpha), ("beta", beta)):
-    if not _correction.is_scalar(value):
-      raise TypeError(f"{name} must be a number; got {value!r}.")
-  if not callable(learning_rate) and not _correction.is_scalar(learning_rate):
-    raise TypeError(
-      f"learning_rate must be a number or a schedule; got {learning_rate!r}."
-    )
+    check_type(_numbers.is_real(value), f"{name} must be a number", value)
+  is_rate = callable(learning_rate) or _numbers.is_real(learning_rate)
+  rule = "learning_rate must be a number or a schedule"
+  check_type(is_rate, rule, learning_rate)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> HamState:
@@ -120,10 +116,8 @@ def ham(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, HamState]:
-    if params is None:
-      raise ValueError(
-        "params must be passed to update, since the step scales them; got None."
-      )
+    rule = "params must be passed to update, since the step scales them"
+    check(params is not None, rule, params)
     rate = learning_rate
     if callable(learning_rate):
       rate = learning_rate(state.count)

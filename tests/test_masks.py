@@ -1,17 +1,32 @@
-"""Masks that come from elsewhere, and masks that go elsewhere."""
+"""Masks that come from elsewhere, and masks that go elsewhere.
+
+Which leaves have one by default is tested in `test_trees`.
+"""
 
 import io
 
+from flax import linen as nn
+from flax import nnx
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 import pytest
 
 import sparseopt_jax
 
 RIGL = sparseopt_jax.RigL(100, update_every=2, drop_fraction=0.5)
+
+
+def _sgd(sparsity, topology=sparseopt_jax.Static(), **options):  # noqa: B008
+  inner = optax.chain(
+    optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9)
+  )
+  return sparseopt_jax.sparsify(
+    inner, sparsity, topology, corrected=True, **options
+  )
 
 
 def _params(seed=0):
@@ -42,7 +57,7 @@ def _assert_same(a, b):
 @pytest.fixture(scope="module")
 def trained():
   """Parameters and masks after dynamic sparse training."""
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.6, RIGL)
+  tx = _sgd(0.6, RIGL)
   params = _params()
   opt_state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)
@@ -68,15 +83,13 @@ def test_masks_are_a_plain_tree_that_numpy_saves(trained):
     ],
     masks,
   )
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.6, masks=restored)
+  tx = _sgd(0.6, masks=restored)
   _assert_same(sparseopt_jax.get_masks(tx.init(_params())), masks)
 
 
 def test_fine_tuning_keeps_the_masks_of_an_earlier_model(trained):
   params, masks = trained
-  tx = sparseopt_jax.sparseopt_sgd(
-    0.1, 0.6, sparseopt_jax.Static(), masks=masks, weight_decay=1e-3
-  )
+  tx = _sgd(0.6, masks=masks)
   opt_state = tx.init(params)
   _assert_same(sparseopt_jax.apply_masks(params, opt_state), params)
   tuned, opt_state = _train(tx, params, opt_state, 5)
@@ -90,7 +103,7 @@ def test_fine_tuning_keeps_the_masks_of_an_earlier_model(trained):
 
 def test_dynamic_training_goes_on_from_given_masks(trained):
   params, masks = trained
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.6, RIGL, masks=masks)
+  tx = _sgd(0.6, RIGL, masks=masks)
   _, opt_state = _train(tx, params, tx.init(params), 5)
   new = sparseopt_jax.get_masks(opt_state)
   for layer in ("Conv_0", "Dense_0"):
@@ -108,7 +121,7 @@ def test_given_masks_may_be_dense_in_one_layer_and_empty_in_another():
     "Conv_0": {"kernel": np.ones((3, 3, 2, 4), bool)},
     "Dense_0": {"kernel": np.zeros((6, 5), bool), "bias": optax.MaskedNode()},
   }
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.9, RIGL, masks=masks)
+  tx = _sgd(0.9, RIGL, masks=masks)
   params = sparseopt_jax.apply_masks(params, tx.init(params))
   new, opt_state = _train(tx, params, tx.init(params), 5)
   assert not np.any(new["Dense_0"]["kernel"])
@@ -116,12 +129,123 @@ def test_given_masks_may_be_dense_in_one_layer_and_empty_in_another():
   assert np.isfinite(sparseopt_jax.sparsity_metrics(opt_state)["skew_angle"])
 
 
+def test_masks_may_be_bytes(trained):
+  params, masks = trained
+  as_bytes = jax.tree.map(lambda mask: np.asarray(mask, np.uint8), masks)
+  got = sparseopt_jax.get_masks(_sgd(0.6, masks=as_bytes).init(params))
+  _assert_same(got, masks)
+  # Whatever their value: it is a mask if it is not 0.
+  as_bytes = jax.tree.map(lambda mask: 255 * mask, as_bytes)
+  got = sparseopt_jax.get_masks(_sgd(0.6, masks=as_bytes).init(params))
+  _assert_same(got, masks)
+
+
+def test_leaves_left_out_of_the_masks_are_drawn():
+  """As many active weights as without masks, at other places by the seed."""
+  kernel = np.eye(6, 5, dtype=bool)
+  draw = lambda **options: sparseopt_jax.get_masks(
+    _sgd(0.6, **options).init(_params())
+  )
+  plain = draw()
+  for masks in ({"Dense_0": {"kernel": kernel}}, {"Dense_0/kernel": kernel}):
+    drawn = [draw(masks=masks, seed=seed) for seed in (0, 1)]
+    for tree in drawn:
+      assert jax.tree.structure(tree) == jax.tree.structure(plain)
+      np.testing.assert_array_equal(tree["Dense_0"]["kernel"], kernel)
+      got = tree["Conv_0"]["kernel"].sum()
+      assert got == plain["Conv_0"]["kernel"].sum()
+    one, other = (tree["Conv_0"]["kernel"] for tree in drawn)
+    assert np.any(one != other)
+
+
+def test_a_masked_node_makes_all_below_it_dense():
+  kernel = np.ones((6, 5), bool)
+  masks = {"Conv_0": optax.MaskedNode(), "Dense_0": {"kernel": kernel}}
+  got = sparseopt_jax.get_masks(_sgd(0.6, masks=masks).init(_params()))
+  _assert_same(
+    got,
+    jax.tree.map(lambda _: optax.MaskedNode(), _params())
+    | {"Dense_0": {"kernel": jnp.asarray(kernel), "bias": optax.MaskedNode()}},
+  )
+
+
+class _Net(nnx.Module):
+  """With leaves of the names and shapes of `_params`."""
+
+  def __init__(self):
+    rngs = nnx.Rngs(0)
+    self.Conv_0 = nnx.Conv(2, 4, (3, 3), use_bias=False, rngs=rngs)
+    self.Dense_0 = nnx.Linear(6, 5, rngs=rngs)
+
+
+def test_masks_are_matched_by_path(trained):
+  """Masks of a linen model for an NNX model, and back."""
+  params, masks = trained
+  state = nnx.state(_Net(), nnx.Param)
+  of_nnx = _sgd(0.6, masks=masks).init(state)
+  nnx_masks = sparseopt_jax.get_masks(of_nnx)
+  assert jax.tree.structure(nnx_masks) != jax.tree.structure(masks)
+  for layer in ("Conv_0", "Dense_0"):
+    got = nnx_masks[layer]["kernel"][...]
+    np.testing.assert_array_equal(got, masks[layer]["kernel"])
+  of_linen = _sgd(0.6, masks=nnx_masks).init(params)
+  _assert_same(sparseopt_jax.get_masks(of_linen), masks)
+  # Likewise where they are applied.
+  dense = _params(1)
+  expected = sparseopt_jax.apply_masks(dense, of_linen)
+  _assert_same(sparseopt_jax.apply_masks(dense, of_nnx), expected)
+  frozen = nn.FrozenDict(dense)
+  got = sparseopt_jax.apply_masks(frozen, of_linen)
+  _assert_same(got, nn.FrozenDict(expected))
+  got = sparseopt_jax.apply_masks(state, of_linen)
+  assert jax.tree.structure(got) == jax.tree.structure(state)
+  for layer in ("Conv_0", "Dense_0"):
+    kernel, mask = state[layer]["kernel"][...], masks[layer]["kernel"]
+    zeroed = got[layer]["kernel"][...]
+    np.testing.assert_array_equal(zeroed, np.where(mask, kernel, 0))
+
+
+def _groups():
+  """Two links over different leaves, and a plain optimiser for the bias."""
+  labels = {
+    "Conv_0": {"kernel": "conv"},
+    "Dense_0": {"kernel": "dense", "bias": "bias"},
+  }
+  return optax.partition(
+    {"conv": _sgd(0.9, RIGL), "dense": _sgd(0.5), "bias": optax.sgd(0.1)},
+    labels,
+  )
+
+
+def test_states_of_several_groups_are_read_as_one():
+  tx, params = _groups(), _params()
+  params, opt_state = _train(tx, params, tx.init(params), 4)
+  masks = sparseopt_jax.get_masks(opt_state)
+  assert jax.tree.structure(masks) == jax.tree.structure(
+    sparseopt_jax.get_masks(_sgd(0.5).init(params))
+  )
+  assert masks["Conv_0"]["kernel"].sum() == 7
+  assert masks["Dense_0"]["kernel"].sum() == 15
+  got = sparseopt_jax.apply_masks(_params(1), opt_state)
+  expected = jax.tree.map(
+    lambda mask, x: x if isinstance(mask, optax.MaskedNode) else mask * x,
+    masks,
+    _params(1),
+    is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+  )
+  _assert_same(got, expected)
+  _assert_same(sparseopt_jax.apply_masks(params, opt_state), params)
+  # One optimiser goes on from the masks of both.
+  tx = _sgd(0.5, masks=masks)
+  _assert_same(sparseopt_jax.get_masks(tx.init(params)), masks)
+
+
 def test_masks_chosen_leaf_by_leaf_make_the_others_dense():
   masks = {
     "Conv_0": {"kernel": np.eye(72, dtype=bool)[0].reshape(3, 3, 2, 4)},
     "Dense_0": {"kernel": optax.MaskedNode(), "bias": optax.MaskedNode()},
   }
-  opt_state = sparseopt_jax.sparseopt_sgd(0.1, 0.9, masks=masks).init(_params())
+  opt_state = _sgd(0.9, masks=masks).init(_params())
   _assert_same(sparseopt_jax.get_masks(opt_state), masks)
 
 
@@ -168,16 +292,42 @@ def test_magnitude_masks_choose_leaves_as_sparseopt_does():
 def test_train_from_magnitude_masks(topology):
   params = _params()
   masks = sparseopt_jax.magnitude_masks(params, 0.7)
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.7, topology, masks=masks)
+  tx = _sgd(0.7, topology, masks=masks)
   opt_state = tx.init(params)
   _assert_same(sparseopt_jax.get_masks(opt_state), masks)
-  uniformly_random = sparseopt_jax.sparseopt_sgd(0.1, 0.7).init(params)
+  uniformly_random = _sgd(0.7).init(params)
   counts = lambda tree: [int(m.sum()) for m in jax.tree.leaves(tree)]
   assert counts(masks) == counts(sparseopt_jax.get_masks(uniformly_random))
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_state_that_orbax_restores_without_a_target(tmp_path, several):
+  """It has dicts and lists in the place of tuples, and None for MaskedNode."""
+  tx = _groups() if several else _sgd(0.6, RIGL)
+  params, opt_state = _train(tx, _params(), tx.init(_params()), 3)
+  with orbax.checkpoint.StandardCheckpointer() as saved:
+    saved.save(tmp_path / "state", opt_state)
+    saved.wait_until_finished()
+    restored = saved.restore(tmp_path / "state")
+  is_tuple = lambda node: type(node) is sparseopt_jax.SparseOptState
+  nodes = jax.tree.leaves(restored, is_leaf=is_tuple)
+  assert not any(map(is_tuple, nodes))
+  masks = sparseopt_jax.get_masks(opt_state)
+  got = sparseopt_jax.get_masks(restored)
+  for layer in ("Conv_0", "Dense_0"):
+    mask = got[layer]["kernel"]
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, masks[layer]["kernel"])
+  dense = _params(1)
+  expected = sparseopt_jax.apply_masks(dense, opt_state)
+  _assert_same(sparseopt_jax.apply_masks(dense, restored), expected)
+  # And what it holds can start another run.
+  again = _sgd(0.6, masks=got).init(params)
+  _assert_same(sparseopt_jax.get_masks(again), masks)
+
+
 def test_whole_state_goes_through_bytes():
-  tx = sparseopt_jax.sparseopt_sgd(0.1, 0.6, RIGL)
+  tx = _sgd(0.6, RIGL)
   params = _params()
   opt_state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)

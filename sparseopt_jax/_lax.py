@@ -1,0 +1,64 @@
+"""Operations that `jax.lax` does not have."""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import Array
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+
+def wide_dtype(dtype: Any) -> np.dtype:
+  """The dtype of floats itself, or float32 if that is wider.
+
+  By NumPy's promotion, since JAX's refuses this where it is set to "strict".
+  """
+  return np.promote_types(dtype, np.float32)
+
+
+def linear_index(shape: tuple[int, ...]) -> Array:
+  """The row-major position of each element; uint32."""
+  iota = functools.partial(lax.broadcasted_iota, jnp.uint32, shape)
+  strides = [np.uint32(math.prod(shape[i + 1 :])) for i in range(len(shape))]
+  start = jnp.zeros(shape, jnp.uint32)
+  return sum((stride * iota(i) for i, stride in enumerate(strides)), start)
+
+
+def counts(conditions: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+  """How often each of some bool arrays of one shape is true, over ``axes``."""
+  return sums([c.astype(jnp.int32) for c in conditions], axes)
+
+
+def sums(values: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+  """The sum of each of some int32 arrays of one shape, over ``axes``.
+
+  One variadic reduction reads its operands once for all sums. XLA on a CPU
+  turns a sum of one array, which is what remains if only one sum is used, into
+  a tree of sums, with four bytes of memory for each element; over the last axis
+  that takes several times longer too.
+  """
+  return lax.reduce(tuple(values), (np.int32(0),) * len(values), _add, axes)
+
+
+# At module level, since JAX traces a function that it knows only once.
+def _add(a: tuple, b: tuple) -> tuple:
+  return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def once(predicate: Any, body: Callable[[Any], Any], operand: Any) -> Any:
+  """Applies ``body`` if ``predicate``, in the operand's own buffers.
+
+  A loop of at most one round. Unlike ``lax.cond`` it updates its operand in
+  place, and under ``vmap`` it runs only if an instance needs it. No loop where
+  the predicate is known while tracing.
+  """
+  if isinstance(predicate, bool):
+    # Compiled as the loop below would be, in a call that is not jitted too.
+    return jax.jit(body)(operand) if predicate else operand
+  is_left = lambda carry: carry[0]
+  turn = lambda carry: (jnp.zeros_like(carry[0]), body(carry[1]))
+  return lax.while_loop(is_left, turn, (predicate, operand))[1]

@@ -1,0 +1,44 @@
+"""Where arrays lie: beside their parameters, also on explicit mesh axes."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+_T = TypeVar("_T")
+
+
+def _explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
+  """The mesh in the type of an array, if it has axes of explicit type."""
+  mesh = jax.typeof(array).sharding.mesh
+  return mesh if mesh.explicit_axes else None
+
+
+def place(array: jax.Array, leaf: Any) -> jax.Array:
+  """Lays an array out as a leaf of its shape, if that is known by now."""
+  if isinstance(leaf, jax.core.Tracer):
+    is_explicit = _explicit_mesh(leaf) is not None
+    layout = jax.typeof(leaf).sharding
+    return jax.sharding.reshard(array, layout) if is_explicit else array
+  # An array put on a device is bound to it; one that is not must stay free.
+  is_bound = getattr(leaf, "committed", hasattr(leaf, "sharding"))
+  layout = leaf.sharding if is_bound else None
+  return array if layout is None else jax.device_put(array, layout)
+
+
+def lay_out_freely(function: Callable[..., _T], tree: _T, *args: Any) -> _T:
+  """Leaves the layouts inside to the compiler, also where axes are explicit.
+
+  Args:
+    function: Takes the tree and ``args``, and returns a tree of its structure.
+    tree: Arrays; what the function returns is laid out as they are.
+    *args: Anything else.
+  """
+  meshes = [_explicit_mesh(array) for array in jax.tree.leaves(tree)]
+  mesh = next((mesh for mesh in meshes if mesh is not None), None)
+  if mesh is None:
+    return function(tree, *args)
+  layout = lambda x: jax.NamedSharding(mesh, jax.typeof(x).sharding.spec)
+  layouts = jax.tree.map(layout, tree)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.sharding.auto_axes(function, out_sharding=layouts)(tree, *args)

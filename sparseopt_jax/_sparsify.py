@@ -1,0 +1,199 @@
+"""The wrapper: one link and one optimiser, and exact zeros at every step."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparseopt_jax import _paths
+from sparseopt_jax import _state
+from sparseopt_jax import _transform
+from sparseopt_jax._numbers import check, check_type
+from sparseopt_jax._state import SparseOptState
+from sparseopt_jax._topology import Static, Topology
+
+
+class SparsifyState(NamedTuple):
+  """State of :func:`sparseopt_jax.sparsify`."""
+
+  link: SparseOptState  # masks and factors
+  inner: optax.OptState  # of the optimiser
+
+
+def _mark_slots(inner: Any, state: Any, masks: Any) -> Any:
+  """The state with the masks in its slots of one entry a weight, else False.
+
+  The slots are found by ``optax.tree.map_params``, which knows the copies of
+  the parameters in nearly any state.
+  """
+
+  def mark(slot: Any, mask: Any) -> Any:
+    # A MaskedNode has no shape.
+    is_weight = getattr(slot, "shape", 0) == getattr(mask, "shape", 1)
+    return mask if is_weight else False
+
+  options = {"transform_non_params": lambda _: False}
+  options["is_leaf"] = _paths.is_masked_node
+  return optax.tree.map_params(inner, mark, state, masks, **options)
+
+
+def _restart_slots(inner: Any, state: Any, stays: Any, params: Any) -> Any:
+  """The per-weight state where a weight stays; elsewhere as it is at first.
+
+  The weights in question are 0, and so is what ``inner.init`` sees here.
+  """
+  marks = _mark_slots(inner, state, stays)
+  fresh = inner.init(jax.tree.map(jnp.zeros_like, params))
+
+  def restart(mark: Any, slot: Any, fresh: Any) -> Any:
+    return slot if mark is False else jnp.where(mark, slot, fresh)
+
+  return jax.tree.map(restart, marks, state, fresh)
+
+
+def sparsify(
+  inner: optax.GradientTransformation,
+  sparsity: float,
+  topology: Topology = Static(),  # noqa: B008
+  *,
+  corrected: Any,
+  distribution: Any = "erk",
+  sparse: Any = None,
+  masks: Any = None,
+  output_axis: Any = -1,
+  stacked: Any = 0,
+  seed: Any = 0,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Sparse training with any optimiser: exact zeros, fresh slots.
+
+  In each call, :func:`sparseopt_jax.sparseopt` makes the masked, corrected
+  gradient :math:`\tilde g` and, where due, new masks :math:`m`; ``inner`` makes
+  its update from it; and outside the masks the update is :math:`-w`:
+
+  .. math::
+
+    u = \mathrm{inner}(\tilde g, m \odot w), \qquad
+    w \leftarrow w + \begin{cases} u & \text{where } m \\
+      -w & \text{elsewhere} \end{cases}
+
+  A link in front of a chain can mask gradients, but it cannot cancel the
+  momentum or the decay that later links add, nor start their state fresh. The
+  owner of the whole chain can: :math:`w + (-w)` is exactly 0 in floating point.
+
+  On a call that updates the masks, weights that stay make their ordinary step.
+  A weight that was dropped or grown is at 0 afterwards. Its per-weight state in
+  ``inner`` (momentum, second moment, ...) starts that call as ``inner.init``
+  makes it for a weight at 0 and sees a zero gradient, so that with SGD, Adam
+  and all others whose fresh state stays put under a zero gradient, it is fresh
+  on return. A weight that was dropped and grown again in the same update has
+  not changed.
+
+  What should see the dense gradient stands in a chain in front:
+  ``optax.chain(optax.clip(1.0), sparsify(...))``. What scales updates or mixes
+  parameters, such as ``reduce_on_plateau`` or ``schedule_free``, belongs into
+  ``inner``.
+
+  Args:
+    inner: Any transformation with a state that ``optax.tree.map_params`` can
+      map. Of Optax's own, ``sm3``, ``monitor``, ``flatten``, ``lookahead`` and
+      the line searches (``lbfgs`` has one by default) have not; most of them
+      work behind the bare link. Slots in the shape of a leaf are taken for
+      per-weight state, so a state of square matrices, as in Shampoo, needs the
+      bare link too.
+    sparsity: As for :func:`sparseopt_jax.sparseopt`.
+    topology: As for :func:`sparseopt_jax.sparseopt`.
+    corrected: As for :func:`sparseopt_jax.sparseopt`.
+    distribution: As for :func:`sparseopt_jax.sparseopt`.
+    sparse: As for :func:`sparseopt_jax.sparseopt`.
+    masks: As for :func:`sparseopt_jax.sparseopt`.
+    output_axis: As for :func:`sparseopt_jax.sparseopt`.
+    stacked: As for :func:`sparseopt_jax.sparseopt`.
+    seed: As for :func:`sparseopt_jax.sparseopt`.
+
+  Returns:
+    A ``GradientTransformationExtraArgs`` with a
+    :class:`sparseopt_jax.SparsifyState`. Its ``init`` calls ``inner.init`` on
+    the masked parameters. Its ``update`` needs ``params``, takes
+    ``update_masks`` as the link does, and passes other arguments to ``inner``.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range, or the slots of ``inner``
+      cannot be found; in ``update``, if ``params`` are missing.
+
+  Examples:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> tx = sparseopt_jax.sparsify(
+    ...   optax.chain(
+    ...     optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)
+    ...   ),
+    ...   0.75,
+    ...   sparseopt_jax.RigL(update_until=30_000),
+    ...   corrected=True,
+    ... )
+    >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
+    >>> opt_state = tx.init(params)
+    >>> params = sparseopt_jax.apply_masks(params, opt_state)
+    >>> grads = jax.tree.map(jnp.ones_like, params)
+    >>> updates, opt_state = tx.update(grads, opt_state, params)
+    >>> params = optax.apply_updates(params, updates)
+    >>> print(jnp.count_nonzero(params['kernel']))
+    8
+
+  References:
+    Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in
+    Sparse Training <https://arxiv.org/abs/2605.27541>`_, 2026
+
+  .. seealso:: :func:`sparseopt_jax.sparseopt`
+  """
+  is_one = hasattr(inner, "init") and hasattr(inner, "update")
+  check_type(is_one, "inner must be a GradientTransformation", inner)
+  inner = optax.with_extra_args_support(inner)
+  options = {"corrected": corrected, "distribution": distribution, "seed": seed}
+  options |= {"sparse": sparse, "masks": masks, "output_axis": output_axis}
+  link = _transform.sparseopt(sparsity, topology, stacked=stacked, **options)
+
+  def init_fn(params: optax.Params) -> SparsifyState:
+    link_state = link.init(params)
+    inner_state = inner.init(_state.zero_unless(link_state.masks, params))
+    is_mappable = False
+    with contextlib.suppress(
+      AttributeError, LookupError, TypeError, ValueError
+    ):
+      mark = functools.partial(_mark_slots, inner)
+      jax.eval_shape(mark, inner_state, link_state.masks)
+      is_mappable = True
+    rule = "inner must have a state that optax.tree.map_params can map"
+    check(is_mappable, rule, type(inner_state))
+    return SparsifyState(link_state, inner_state)
+
+  def update_fn(
+    updates: optax.Updates,
+    state: SparsifyState,
+    params: optax.Params | None = None,
+    *,
+    update_masks: bool | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, SparsifyState]:
+    updates, link_state = link.update(
+      updates, state.link, params, update_masks=update_masks
+    )
+    on, inner_state = _state.settled(link_state), state.inner
+    if link_state.masks is not state.link.masks:
+      stays = jax.tree.map(lambda mask: mask | ~link_state.updated, on)
+      inner_state = _restart_slots(inner, inner_state, stays, params)
+    given = updates, inner_state, _state.zero_unless(on, params)
+    updates, inner_state = inner.update(*given, **extra_args)
+    # Promotes: a bfloat16 update could not cancel a float32 parameter.
+    cancel = lambda mask, update, param: jnp.where(mask, update, -param)
+    updates = _state.map_sparse(cancel, on, updates, params)
+    return updates, SparsifyState(link_state, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
