@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 import contextlib
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -22,9 +21,9 @@ from sparseopt_jax._topology import Layer
 # Words of a name that say: a table, of which each entry is looked up or added,
 # and not multiplied; or a shift or a scale.
 _TABLE = {"embed", "embedding", "embeddings", "emb", "wte", "wpe"}
-_POSITIONS = {"pos", "position", "positions", "posemb", "cls", "token", "probe"}
-_SHIFTS = {"bias", "biases", "scale", "scales", "offset", "offsets", "tokens"}
-_NOT_A_KERNEL = _TABLE | _POSITIONS | _SHIFTS
+_TOKENS = {"cls", "token", "tokens", "probe", "pos", "position", "posemb"}
+_SHIFTS = {"bias", "biases", "scale", "scales", "offset", "offsets"}
+_NOT_A_KERNEL = _TABLE | _TOKENS | _SHIFTS
 
 
 class Options(NamedTuple):
@@ -49,7 +48,7 @@ def plan(params: optax.Params, options: Options) -> list[Layer]:
   Errors are those of :func:`sparseopt_jax.sparseopt`.
   """
   stacks = _resolve("stacked", options.stacked, params)
-  check(min(stacks, default=0) >= 0, "stacked must not be negative", stacks)
+  check(min(stacks, default=0) >= 0, "stacked must be >= 0", options.stacked)
   scaled = _resolve("corrected", options.corrected, params)
   values = dict(zip(_paths.names(params), jax.tree.leaves(params), strict=True))
   given, axis = _given(options.masks, values), options.output_axis
@@ -72,7 +71,7 @@ def plan(params: optax.Params, options: Options) -> list[Layer]:
 def _resolve(argument: str, rule: Any, params: Any) -> list:
   """One value for each leaf, from a function or a pytree or a prefix of one."""
   names, values = _paths.names(params), []
-  if callable(rule):
+  if callable(rule) and jax.tree_util.all_leaves([rule]):
     values = list(map(rule, names, jax.tree.leaves(params)))
   else:
     with contextlib.suppress(ValueError, TypeError):
@@ -91,8 +90,8 @@ def _given(masks: Any, leaves: dict[str, Any]) -> dict[str, Any]:
   found: dict[str, Any] = {}
   for name, mask in _paths.by_name(masks).items():
     if _paths.is_masked_node(mask):  # It may stand for a subtree.
-      inside = [x for x in leaves if not name or f"{x}/".startswith(f"{name}/")]
-      found |= dict.fromkeys(inside, mask)
+      inside = [x for x in leaves if not name or x.startswith(f"{name}/")]
+      found |= dict.fromkeys([name] if name in leaves else inside, mask)
       continue
     dtype = getattr(mask, "dtype", type(mask))
     is_mask = dtype in (jnp.bool_, jnp.uint8)
@@ -149,7 +148,7 @@ def _check_leaf(name: str, leaf: Any, stack: int) -> None:
   is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
   check_type(is_float and leaf.dtype.itemsize > 1, rule, leaf.dtype)
   rule = f"sparse must choose layers of 1 to 2**31 - 1 weights, not {name!r}"
-  size = math.prod(leaf.shape[stack:]) * (0 not in leaf.shape)
+  size = np.prod(leaf.shape[stack:]) if 0 not in leaf.shape else 0
   check(leaf.shape and 0 < size < 2**31, rule, leaf.shape)
   rule = f"stacked must leave an axis of {name!r} of shape {leaf.shape}"
   check(stack < len(leaf.shape), rule, stack)
@@ -166,8 +165,7 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
       name = leaf.path + (str([*index]) if index else "")
       shapes[name] = jnp.shape(leaf.weight)[leaf.stacked :]
       places[name] = leaf.target, index
-  counts = _distributions.active_counts(shapes, *options[:2])
-  for name, n in counts.items():
+  for name, n in _distributions.active_counts(shapes, *options[:2]).items():
     target, index = places[name]
     target[index] = n
 

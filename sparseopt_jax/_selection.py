@@ -121,7 +121,7 @@ def _select(
   # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
   wanted = jnp.where(tied, n - found.reach_high, block.rooms)
-  most = np.uint32(math.prod(block.shape))
+  most = np.uint32(min(math.prod(block.shape), 1 << 31))
   last = block.spread(_search(block, ties, wanted, most).low)
   return (key > low) | ((key == low) & (ties() >= last)), key, found
 

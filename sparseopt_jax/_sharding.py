@@ -1,11 +1,9 @@
 """Where arrays lie: beside their parameters, also on explicit mesh axes."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-
-_T = TypeVar("_T")
 
 
 def _explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
@@ -26,7 +24,7 @@ def place(array: jax.Array, leaf: Any) -> jax.Array:
   return array if layout is None else jax.device_put(array, layout)
 
 
-def lay_out_freely(function: Callable[..., _T], tree: _T, *args: Any) -> _T:
+def lay_out_freely(function: Callable[..., Any], tree: Any, *args: Any) -> Any:
   """Leaves the layouts inside to the compiler, also where axes are explicit.
 
   Args:

@@ -189,8 +189,9 @@ def sparsify(
     if link_state.masks is not state.link.masks:
       stays = jax.tree.map(lambda mask: mask | ~link_state.updated, on)
       inner_state = _restart_slots(inner, inner_state, stays, params)
-    given = updates, inner_state, _state.zero_unless(on, params)
-    updates, inner_state = inner.update(*given, **extra_args)
+    updates, inner_state = inner.update(
+      updates, inner_state, _state.zero_unless(on, params), **extra_args
+    )
     # Promotes: a bfloat16 update could not cancel a float32 parameter.
     cancel = lambda mask, update, param: jnp.where(mask, update, -param)
     updates = _state.map_sparse(cancel, on, updates, params)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -78,7 +77,8 @@ class Topology(Protocol):
     ...     return jnp.zeros_like(layer.weight)
     ...
     ...   def observe(self, layer, count):
-    ...     return 0.9 * layer.state + 0.1 * layer.gradient
+    ...     new = 0.9 * layer.state + 0.1 * layer.gradient
+    ...     return jnp.where(jnp.isfinite(new), new, layer.state)
     ...
     ...   def grow_scores(self, layer):
     ...     return layer.state
@@ -230,7 +230,7 @@ class SET(Topology):
     else:
       # Not beyond T, where the cosine rises again.
       count = jnp.minimum(count, self.update_until)
-      angle = jnp.float32(math.pi) * count.astype(jnp.float32)
+      angle = jnp.float32(jnp.pi) * count.astype(jnp.float32)
       angle /= jnp.float32(max(self.update_until, 1))
       fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
     return jnp.clip(fraction, 0.0, 1.0)
@@ -245,7 +245,7 @@ class SET(Topology):
     return layer.weight
 
   def grow_scores(self, layer: Layer) -> jax.Array | None:
-    """The inactive weights of largest magnitude here grow; None: at random."""
+    """The inactive of largest magnitude here grow; None: all at random."""
     return None
 
   def update_masks(
@@ -255,7 +255,7 @@ class SET(Topology):
     drop = list(map(self.drop_scores, layers))
     grow = list(map(self.grow_scores, layers))
     n = functools.partial(self.num_dropped, count)
-    scores = None if grow[0] is None else grow
+    scores = None if any(x is None for x in grow) else grow
     return _selection.drop_and_grow(layers, drop, scores, n, key)
 
 

@@ -13,6 +13,7 @@ from sparseopt_jax import _correction
 from sparseopt_jax import _distributions
 from sparseopt_jax import _lax
 from sparseopt_jax import _masks
+from sparseopt_jax import _paths
 from sparseopt_jax import _selection
 from sparseopt_jax import _sharding
 from sparseopt_jax import _state
@@ -27,7 +28,7 @@ def _key_data(seed: Any) -> jax.Array:
     check(-(2**63) <= seed < 2**63, "seed must lie in [-2**63, 2**63)", seed)
     # JAX takes 32 or 64 bits of it, as jax_enable_x64 says.
     low = (1 << 32) - 1
-    return jnp.array([(seed >> 32) & low, seed & low], jnp.uint32)
+    return jnp.array([(int(seed) >> 32) & low, int(seed) & low], jnp.uint32)
   shape, dtype = getattr(seed, "shape", None), getattr(seed, "dtype", object)
   if shape == (2,) and dtype == jnp.uint32:
     return jnp.array(seed)  # A copy: the state may be donated.
@@ -43,8 +44,8 @@ def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
   small: dict[Any, list[jax.Array]] = {}
   arrays = []
   for gradient in gradients:
-    if getattr(gradient, "dtype", None) == jax.dtypes.float0:
-      continue  # Of integers.
+    if not jnp.issubdtype(getattr(gradient, "dtype", float), jnp.inexact):
+      continue
     gradient = jnp.asarray(gradient)
     if gradient.size > 1 << 16:
       arrays.append(gradient)
@@ -208,7 +209,9 @@ def sparseopt(
   options = _masks.Options(
     sparsity, distribution, sparse, stacked, corrected, masks, output_axis
   )
-  is_static = topology.is_due(jnp.zeros([], jnp.int32)) is False
+  # Traced, since a bool that follows from a value would not tell.
+  probe = lambda count: topology.is_due(count) is False or None
+  is_static = jax.eval_shape(probe, jnp.int32(0)) is not None
 
   def init_fn(params: optax.Params) -> SparseOptState:
     # optax.tree.map_params asks with a tree that has no leaves.
@@ -229,6 +232,9 @@ def sparseopt(
     """The sparse leaves with all that belongs to them."""
     treedef: Any = jax.tree.structure(params)
     raw, layers = treedef.flatten_up_to(grads), _masks.plan(params, options)
+    names, paths = _paths.names(state.masks), [x.path for x in layers]
+    is_own = names == paths and (is_static or jax.tree.leaves(state.explored))
+    check(is_own, "state must be of these sparse leaves and topology", names)
     for i, mask in enumerate(jax.tree.leaves(state.masks)):
       weight, grad = map(jnp.asarray, (layers[i].weight, raw[layers[i].place]))
       layer = layers[i]._replace(weight=weight, gradient=grad, mask=mask)
@@ -247,9 +253,7 @@ def sparseopt(
   ) -> tuple[optax.Updates, SparseOptState]:
     del extra_args
     is_known = update_masks is None or is_bool(update_masks)
-    check_type(
-      is_known, "update_masks must be a bool, not traced", update_masks
-    )
+    check_type(is_known, "update_masks must be a bool or None", update_masks)
     check(params is not None, "params must be passed to update", params)
     is_state = isinstance(state, SparseOptState)
     check_type(is_state, "state must be a SparseOptState", type(state))

@@ -26,7 +26,7 @@ def _with_explored(opt_state: optax.OptState) -> list[_state.SparseOptState]:
 def _total(masks: Any) -> jax.Array:
   """How many are true; a float32, since over all layers an int32 may overflow.
 
-  Layer by layer it is exact.
+  Leaf by leaf it is exact.
   """
   per_layer = [jnp.sum(x, dtype=jnp.int32) for x in jax.tree.leaves(masks)]
   return jnp.sum(jnp.stack(per_layer).astype(jnp.float32))
@@ -163,9 +163,8 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
 
 def on_host(x: Any) -> np.ndarray:
   """The values, gathered if they are spread over processes."""
-  if isinstance(x, jax.Array) and not (
-    x.is_fully_addressable or x.is_fully_replicated
-  ):
+  is_spread = isinstance(x, jax.Array) and not x.is_fully_addressable
+  if is_spread and not x.is_fully_replicated:
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
 

@@ -3,6 +3,7 @@
 Which leaves have one by default is tested in `test_trees`.
 """
 
+import dataclasses
 import io
 
 from flax import linen as nn
@@ -338,3 +339,35 @@ def test_whole_state_goes_through_bytes():
   _assert_same(
     _train(tx, params, restored, 3), _train(tx, params, opt_state, 3)
   )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Attention:
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+
+
+def test_a_field_that_is_named_as_the_attribute_of_a_box():
+  """`value` is dense; that says nothing of its neighbours."""
+  params = {"att": _Attention(*(jnp.ones((8, 8)) for _ in range(3)))}
+  link = sparseopt_jax.sparseopt(
+    0.5, corrected=True, sparse=lambda path, leaf: path != "att"
+  )
+  masks = sparseopt_jax.get_masks(link.init(params))
+  assert masks["att"].value == optax.MaskedNode()
+  again = sparseopt_jax.sparseopt(0.5, corrected=True, masks=masks)
+  _assert_same(sparseopt_jax.get_masks(again.init(params)), masks)
+
+
+def test_given_masks_are_not_needed_after_init():
+  """They may lie in a state that was donated since."""
+  params = _params()
+  masks = {"Dense_0": {"kernel": jnp.ones((6, 5), bool)}}
+  tx = sparseopt_jax.sparsify(
+    optax.sgd(0.1), 0.6, RIGL, masks=masks, corrected=True
+  )
+  opt_state = tx.init(params)
+  masks["Dense_0"]["kernel"].delete()
+  _train(tx, params, opt_state, 3)

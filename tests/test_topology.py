@@ -212,3 +212,25 @@ def test_static_is_never_due():
 def test_something_else(topology):
   with pytest.raises(TypeError, match="topology must be a Topology"):
     sparseopt_jax.sparseopt(0.9, topology, corrected=True)
+
+
+def test_random_growth_if_one_layer_has_no_scores():
+  class Half(sparseopt_jax.RigL):
+    def grow_scores(self, layer):
+      return None if layer.path == "a/kernel" else layer.gradient
+
+  options = {"update_every": 1, "drop_fraction": lambda count: 0.5}
+  half = list(_steps(Half(100, **options), 3))[-1][1]
+  random = list(_steps(sparseopt_jax.SET(100, **options), 3))[-1][1]
+  jax.tree.map(np.testing.assert_array_equal, half.masks, random.masks)
+
+
+def test_python_that_looks_at_the_count():
+  """It would never update masks in a program; the error comes at once."""
+
+  class Concrete(sparseopt_jax.Topology):
+    def is_due(self, count):
+      return count in (1, 2)
+
+  with pytest.raises(jax.errors.TracerBoolConversionError):
+    sparseopt_jax.sparseopt(0.9, Concrete(), corrected=True)

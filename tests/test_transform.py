@@ -375,6 +375,7 @@ def test_every_bit_of_a_seed_counts():
 
 
 def test_seeds_from_numpy_are_those_of_python_and_jax():
-  assert _checksum(np.array(3)) == _checksum(np.int64(3)) == _checksum(3)
+  for number in (np.array(3), np.int64(3), np.int32(3), np.uint8(3)):
+    assert _checksum(number) == _checksum(3)
   words = np.array([1, 2], np.uint32)
   assert _checksum(words) == _checksum(jnp.asarray(words))

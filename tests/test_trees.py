@@ -503,3 +503,24 @@ def test_strict_dtype_promotion_with_64_bit_types(topology):
     got = _train(tx, params)
     sparseopt_jax.magnitude_masks(params, 0.5)
   jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Module:
+  """Callable, as an Equinox module is, and a tree of its leaves."""
+
+  weight: Any
+  bias: Any
+
+  def __call__(self, x):
+    return self.weight @ x + self.bias
+
+
+def test_a_rule_may_be_a_callable_tree():
+  params = _Module(_array(6, 4), _array(6))
+  rule = jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+  link = sparseopt_jax.sparseopt(
+    0.5, sparse=rule, corrected=rule, output_axis=0
+  )
+  assert _paths(sparseopt_jax.get_masks(link.init(params))) == ["weight"]
