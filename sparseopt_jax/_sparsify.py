@@ -88,8 +88,9 @@ def sparsify(
   ``inner`` (momentum, second moment, ...) starts that call as ``inner.init``
   makes it for a weight at 0 and sees a zero gradient, so that with SGD, Adam
   and all others whose fresh state stays put under a zero gradient, it is fresh
-  on return. A weight that was dropped and grown again in the same update has
-  not changed.
+  on return. So does the state of all other weights outside the masks, which no
+  step depends on. A weight that was dropped and grown again in the same update
+  has not changed.
 
   What should see the dense gradient stands in a chain in front:
   ``optax.chain(optax.clip(1.0), sparsify(...))``. What scales updates or mixes

@@ -28,8 +28,9 @@ class SparseOptState(NamedTuple):
   updated: jax.Array  # shape=(), dtype=jnp.bool_; the last call updated masks
   key: jax.Array  # shape=(2,), dtype=jnp.uint32; from the seed
   masks: optax.Params  # leaf shape, dtype=jnp.bool_; true where active
-  # leaf shape, dtype=jnp.uint8; 0 never active, 1 once active, 2 grown by the
-  # last mask update, 3 active before it; () for a topology that is static
+  # leaf shape, dtype=jnp.uint8; 0 never active, 1 active once, but not now, 2
+  # grown by the last mask update, 3 active since before it; () for a topology
+  # that never changes masks
   explored: optax.Params
   # per neuron, with length 1 on input axes: dtype=jnp.float32, what its
   # gradient is multiplied by; in a leaf that is not corrected dtype=jnp.bool_,
@@ -56,7 +57,7 @@ def settled(state: SparseOptState) -> optax.Params:
 
 
 def zero_unless(masks: optax.Params, tree: Any) -> Any:
-  """The values under the masks, exactly 0 elsewhere; abstract ones too."""
+  """The values under the masks, exactly 0 elsewhere; abstract ones stay."""
   is_abstract = lambda x: isinstance(x, jax.ShapeDtypeStruct)
   one = lambda mask, x: x if is_abstract(x) else jnp.where(mask, x, 0)
   return map_sparse(one, masks, tree)
@@ -78,7 +79,6 @@ def find_states(opt_state: optax.OptState, stacks: bool = False) -> list[Any]:
     opt_state: The state.
     stacks: Whether it may be a stack of the states of several networks.
   """
-
   names = set(SparseOptState._fields)
   is_dict = lambda x: isinstance(x, Mapping) and set(x) == names
   is_state = lambda x: isinstance(x, SparseOptState) or is_dict(x)

@@ -124,7 +124,13 @@ def test_rigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
 
 
 def test_the_correction_is_that_of_each_slice():
-  link = sparseopt_jax.sparseopt(0.7, stacked=_rule, corrected=True)
+  # Of unlike slices, or the mean over all of them would do as well.
+  densities = lambda shapes, sparsity: {
+    path: 0.1 + 0.8 * i / len(shapes) for i, path in enumerate(shapes)
+  }
+  link = sparseopt_jax.sparseopt(
+    0.7, stacked=_rule, corrected=True, distribution=densities
+  )
   params = _stacked()
   state = link.init(params)
   updates, _ = link.update(params, state, params)

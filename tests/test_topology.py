@@ -174,15 +174,6 @@ def test_what_a_layer_tells():
   }
 
 
-def test_a_state_that_is_not_finite_skips_the_mask_update():
-  class Poison(Record):
-    def observe(self, layer, count):
-      return {**super().observe(layer, count), "sum": layer.state["sum"] / 0}
-
-  *_, (_, link) = _steps(Poison(), 4)
-  assert int(link.skipped) == 2
-
-
 def test_a_class_that_inherits_nothing():
   class Bare:
     def is_due(self, count):
