@@ -372,24 +372,41 @@ def _final(
   from sparseopt_jax.training import checkpoints
   from sparseopt_jax.training.state import has_masks
 
+  run, config, index = _checkpointed(run, config)
   layout = build.devices(config)
   _, create = build.task(config, layout)
   path = run / folder.CHECKPOINTS
   if not path.is_dir():
     raise UsageError(f"{run} has no checkpoints")
+  target = layout.target(jax.eval_shape(create, np.uint32(config.seed)))
   saved = checkpoints.Checkpoints(path, keep=None, read_only=True)
   with contextlib.closing(saved):
     try:
-      state = saved.read(step, layout.target(jax.eval_shape(create)))
+      state = saved.read(step, target)
     except Exception as error:  # Orbax has no one type for a bad file.
       raise UsageError(
         f"{run}: no sound checkpoint of step {step}: "
         f"{checkpoints.first_line(error)}"
       ) from error
+  if config.networks > 1:
+    state = jax.tree.map(lambda x: x[index], state)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   if not has_masks(state.opt_state):
     return variables, {}
   return variables, _flatten(sparseopt_jax.get_masks(state.opt_state))
+
+
+def _checkpointed(
+  run: pathlib.Path, config: Config
+) -> tuple[pathlib.Path, Config, int]:
+  """The run that has the checkpoints of a network, and its place there."""
+  if (run / folder.CHECKPOINTS).exists() or not (
+    run.absolute().parent / folder.CONFIG
+  ).exists():
+    return run, config, 0
+  whole = Config.from_identity(folder.read_config(run.absolute().parent))
+  whole = dataclasses.replace(whole, data_dir=config.data_dir)
+  return run.absolute().parent, whole, config.seed - whole.seed
 
 
 def _finished(run: pathlib.Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def train(
   stop: signals.StopRequest,
   command: str,
   create_optimizer: Callable[..., Any] | None = None,
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
   """Builds what `config` asks for and trains it.
 
   Args:
@@ -55,17 +55,19 @@ def train(
       arguments; a function of a module, which names it in the run's files.
 
   Returns:
-    The summary, as in `summary.json`.
+    The summary of each network, as in `summary.json`.
 
   Raises:
     UsageError: Bad input.
     RunError: The run could not go on.
     Interrupted: A signal came.
   """
-  with folder.prepared(config, create_optimizer) as path:
+  with folder.prepared(config, create_optimizer) as folders:
     from sparseopt_jax.training import build
     from sparseopt_jax.training import optimizer
+    from sparseopt_jax.training import runtime
 
+    runtime.prepare()
     layout = build.devices(config)
     task, create = build.task(
       config, layout, create_optimizer or optimizer.create
@@ -73,9 +75,8 @@ def train(
   from sparseopt_jax.training import loop
   from sparseopt_jax.training import telling
 
-  telling.say(f"{path}: {build.describe(config, task)}")
-  identity = folder.identity(config, create_optimizer)
-  run = loop.Run(config, identity, task, layout, path, stop)
+  telling.say(f"{folders.run}: {build.describe(config, task)}")
+  run = loop.Run(config, folders, task, layout, stop)
   return run.train(create, command)
 
 

@@ -33,9 +33,9 @@ from sparseopt_jax.studies import exploration
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import paper_tables
 from sparseopt_jax.studies import report
-from sparseopt_jax.training import compiling
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import optimizer
+from sparseopt_jax.training import runtime
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -440,7 +440,7 @@ def first_update(tx, params):
   )
   params = sparseopt_jax.apply_masks(params, state)
   grads = jax.tree.map(jnp.cos, params)
-  updates, _ = compiling.quick_jit(tx.update)(grads, state, params)
+  updates, _ = runtime.quick_jit(tx.update)(grads, state, params)
   return updates, params, grads, masks
 
 
@@ -453,7 +453,7 @@ def factors(mask):
 def steps(tx, params, count=6):
   state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, state)
-  step = compiling.quick_jit(tx.update)
+  step = runtime.quick_jit(tx.update)
   for _ in range(count):
     grads = jax.tree.map(jnp.cos, params)
     updates, state = step(grads, state, params)
@@ -662,7 +662,7 @@ def test_variants_stay_sparse_over_mask_updates(params, factory):
   state = tx.init(params)
   masks = sparseopt_jax.get_masks(state)
   sparse = sparseopt_jax.apply_masks(params, state)
-  step = compiling.quick_jit(tx.update)
+  step = runtime.quick_jit(tx.update)
   for _ in range(5):
     updates, state = step(jax.tree.map(jnp.cos, sparse), state, sparse)
     sparse = optax.apply_updates(sparse, updates)

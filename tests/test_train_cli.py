@@ -50,7 +50,7 @@ config = Config(
   warmup_epochs=0, workdir="run",
 )
 with signals.StopRequest() as stop:
-  summary = train.train(config, stop, "a program")
+  (summary,) = train.train(config, stop, "a program")
 print(summary["step"], round(summary["density"], 2))
 print(export.main(["run", "model", "--data-dir", "."]))
 print(train.main(["--epochs", "1"]))

@@ -22,7 +22,7 @@ from sparseopt_jax import data
 from sparseopt_jax.data import in_memory
 from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.training import build
-from sparseopt_jax.training import compiling
+from sparseopt_jax.training import runtime
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.parallel import Layout
 from sparseopt_jax.training.prefetch import Prefetch
@@ -132,18 +132,19 @@ def training(
     repeats: Steps to time, after one that compiles.
   """
   task, create = build.task_on(source, config, layout)
-  step = layout.compile_train(task)
-  state = layout.put(compiling.quick_jit(create)())
+  program = layout.compile_train(task)
+  step = lambda state, batch: program(state, batch, 0, 1, False)
+  state = layout.put(runtime.quick_jit(create)(np.uint32(config.seed)))
   batches = Prefetch(
     source.train_batches(0, 0, config.batch_size), layout.put_batch
   )
   wall = []
   with contextlib.closing(batches):
-    state, metrics = jax.block_until_ready(step(state, next(batches), False))
+    state, metrics = jax.block_until_ready(step(state, next(batches)))
     waited = batches.waited
     for _ in range(repeats):
       start = time.perf_counter()
-      state, metrics = step(state, next(batches), False)
+      state, metrics = step(state, next(batches))
       jax.block_until_ready(metrics)
       wall.append(time.perf_counter() - start)
   return {

@@ -13,6 +13,7 @@ import numpy as np
 from sparseopt_jax.data import augmentation
 from sparseopt_jax.data import order
 
+Arrays = tuple[np.ndarray, np.ndarray]
 Batch = dict[str, np.ndarray]
 
 
@@ -110,6 +111,15 @@ class Dataset(abc.ABC):
     rows = order.share(batch_size, process_index, process_count)
     num_batches = -(-self.num_test // batch_size)
     return self._test_batches(num_batches, batch_size, rows)
+
+  def arrays(self) -> tuple[Arrays, Arrays] | None:
+    """The training set and the test set, if they are in memory; else None.
+
+    Returns:
+      Images, uint8 (n, h, w, c), and labels, int32 (n,), of each. Their batches
+      are those of `order.epoch_rows` and `order.test_rows`.
+    """
+    return None
 
   def steps_per_epoch(self, batch_size: int) -> int:
     """Number of training batches in an epoch; the remainder is left out."""

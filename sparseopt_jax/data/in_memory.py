@@ -49,6 +49,9 @@ class InMemory(Dataset):
   train: Arrays
   test: Arrays
 
+  def arrays(self) -> tuple[Arrays, Arrays] | None:
+    return self.train, self.test
+
   def _train_batches(
     self, seed: int, start_step: int, batch_size: int, rows: slice
   ) -> Iterator[Batch]:

@@ -53,8 +53,26 @@ def train_indices(
     int64 (batch_size,).
   """
   epoch, step = divmod(step, num_train // batch_size)
-  order = _shuffled(num_train, seed, epoch)
-  return order[step * batch_size : (step + 1) * batch_size]
+  return epoch_rows(num_train, seed, epoch, batch_size)[step]
+
+
+def epoch_rows(
+  num_train: int, seed: int, epoch: int, batch_size: int
+) -> np.ndarray:
+  """The examples of each whole training batch of an epoch.
+
+  Args:
+    num_train: Number of training examples.
+    seed: Seed of the order, not negative.
+    epoch: Number of the epoch.
+    batch_size: Size of a whole batch, at most `num_train`.
+
+  Returns:
+    int64 (num_train // batch_size, batch_size).
+  """
+  batches = num_train // batch_size
+  order = _shuffled(num_train, seed, epoch)[: batches * batch_size]
+  return order.reshape(batches, batch_size)
 
 
 @functools.lru_cache(maxsize=4)
@@ -80,3 +98,16 @@ def test_indices(
   """
   indices = np.arange(step * batch_size, (step + 1) * batch_size)
   return np.minimum(indices, num_test - 1), indices < num_test
+
+
+def test_rows(num_test: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """The examples of all whole test batches, and which of them count.
+
+  Returns:
+    int64 and bool, (batches, batch_size), with a row for each of the batches of
+    `test_indices`.
+  """
+  batches = range(-(-num_test // batch_size))
+  each = [test_indices(num_test, step, batch_size) for step in batches]
+  indices, valid = zip(*each, strict=True)
+  return np.stack(indices), np.stack(valid)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from sparseopt_jax.models import convolution
+
 
 def _conv(
   features: int, size: int, stride: int = 1, *, dtype: DTypeLike
@@ -36,6 +38,7 @@ def _conv(
     use_bias=False,
     dtype=dtype,
     kernel_init=nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
+    conv_general_dilated=convolution.convolve,
   )
 
 

@@ -65,11 +65,12 @@ def _parts(
   params: Any,
   steps_per_epoch: int,
   corrected: inspection.BatchNormalized,
+  seed: Any,
 ) -> _Parts:
   """What `training.optimizer.create` puts together."""
   schedule = optimizer.schedule(config, steps_per_epoch)
   return _Parts(
-    optimizer.masking(config, params, steps_per_epoch, corrected),
+    optimizer.masking(config, params, steps_per_epoch, corrected, seed),
     optimizer.decay(config, params),
     optax.sgd(schedule, momentum=config.momentum),
     schedule,

@@ -181,7 +181,7 @@ def _train(config: Config, factory: Factory | None) -> str:
       return "not begun"
     try:
       command = _command(config, factory)
-      summary = train.train(config, stop, command, factory)
+      (summary,) = train.train(config, stop, command, factory)
     except signals.Interrupted as end:
       _stopped = True
       return str(end)

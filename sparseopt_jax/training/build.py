@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
+import functools
 import importlib.util
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from sparseopt_jax import data
 from sparseopt_jax import inspection
@@ -30,13 +34,24 @@ def devices(config: Config) -> parallel.Layout:
   """
   if config.precision == "float64":
     jax.config.update("jax_enable_x64", True)
+  if config.networks > 1 and config.devices > 1:
+    _simulate_devices(config.devices)
   if config.coordinator is not None:
     # It would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
       config.coordinator, config.process_count, config.process_id
     )
-  return parallel.layout(config.devices, config.shard_params)
+  return parallel.layout(config.devices, config.shard_params, config.networks)
+
+
+def _simulate_devices(count: int) -> None:
+  """On a CPU, simulated devices share the networks out over the cores."""
+  if "device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  # A process that has computed already keeps the devices it has.
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def dataset(config: Config) -> data.dataset.Dataset:
@@ -55,6 +70,11 @@ def dataset(config: Config) -> data.dataset.Dataset:
       f"--batch-size must be at most {found.num_train}, the number of training "
       f"images of {found.name}, got {config.batch_size}"
     )
+  if config.networks > 1 and found.arrays() is None:
+    raise UsageError(
+      f"--networks {config.networks} needs images in memory; those of "
+      f"{found.name} are read as they are needed"
+    )
   epoch = found.steps_per_epoch(config.batch_size)
   if config.epochs * epoch >= 2**31:
     raise UsageError(
@@ -67,7 +87,7 @@ def task(
   config: Config,
   layout: parallel.Layout,
   create_optimizer: Callable[..., Any] = optimizer.create,
-) -> tuple[Task, Callable[[], state_lib.TrainState]]:
+) -> tuple[Task, Callable[[jax.Array], state_lib.TrainState]]:
   """Builds what does not change in a run, and what makes its first state.
 
   Args:
@@ -77,8 +97,8 @@ def task(
       its arguments.
 
   Returns:
-    What a step needs, and a function of nothing that gives the state before
-    step 0; under `jax.eval_shape` it costs nothing.
+    What a step needs, and a function of a network's seed, uint32 [], that gives
+    its state before step 0; under `jax.eval_shape` it costs nothing.
 
   Raises:
     UsageError: See `dataset` and `optimizer.sparse_paths`; or tensorboardX is
@@ -96,7 +116,7 @@ def task_on(
   config: Config,
   layout: parallel.Layout,
   create_optimizer: Callable[..., Any] = optimizer.create,
-) -> tuple[Task, Callable[[], state_lib.TrainState]]:
+) -> tuple[Task, Callable[[jax.Array], state_lib.TrainState]]:
   """`task` on a data set that is open already."""
   model = models.create(
     config.model,
@@ -106,32 +126,36 @@ def task_on(
     axis_name=layout.axis_name,
   )
   images = jnp.zeros((1, *source.image_shape), config.precision)
-  variables = jax.eval_shape(lambda: _init(config, model, images))
-  tx = create_optimizer(
-    config,
-    variables["params"],
-    source.steps_per_epoch(config.batch_size),
-    inspection.batch_normalized(model, images, train=False),
-  )
+  init = functools.partial(_init, config, model, images)
+  params = jax.eval_shape(init, config.seed)["params"]
+  epoch = source.steps_per_epoch(config.batch_size)
+  corrected = inspection.batch_normalized(model, images, train=False)
+
+  def optimizer_of(seed: Any) -> optax.GradientTransformationExtraArgs:
+    return create_optimizer(config, params, epoch, corrected, seed)
+
+  def create(seed: jax.Array) -> state_lib.TrainState:
+    return state_lib.create(seed, init(seed), optimizer_of(seed))
+
   built = Task(
     model,
     source,
-    tx,
+    optimizer_of(config.seed),
+    epoch,
     jnp.dtype(config.precision),
     config.label_smoothing,
     config.accumulate,
     config.skip_nonfinite,
     layout.axis_name,
+    layout.mapped,
   )
-
-  def create() -> state_lib.TrainState:
-    return state_lib.create(config.seed, _init(config, model, images), tx)
-
   return built, create
 
 
-def _init(config: Config, model: Any, images: jax.Array) -> dict[str, Any]:
-  variables = dict(model.init(jax.random.key(config.seed), images, train=False))
+def _init(
+  config: Config, model: Any, images: jax.Array, seed: Any
+) -> dict[str, Any]:
+  variables = dict(model.init(jax.random.key(seed), images, train=False))
   if config.precision == "float64":
     return jax.tree.map(lambda x: x.astype(jnp.float64), variables)
   return variables
@@ -143,6 +167,8 @@ def describe(config: Config, built: Task) -> str:
   how = f"{100 * config.sparsity:.6g}% sparse"
   if config.topology == "dense":
     how = "dense"
+  if config.networks > 1:
+    how = f"{config.networks} networks, {how}"
   return (
     f"{how} {config.model} on {source.num_train} images of {source.name} "
     f"({source.num_test} for testing), {config.epochs} epochs of "

@@ -7,6 +7,7 @@ the state lies beside it, because Orbax alone reads flipped bits as numbers.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 import dataclasses
 import pathlib
 from typing import Any
@@ -27,13 +28,13 @@ from sparseopt_jax.training.state import TrainState
 
 @dataclasses.dataclass
 class _Best(checkpoint_managers.PreservationPolicy):
-  """Keeps one step. Orbax itself forgets accuracies when a run is resumed."""
+  """Keeps some steps. Orbax itself forgets accuracies when a run is resumed."""
 
-  step: int | None = None
+  steps: Collection[int] = ()
 
   def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
     del context
-    return [checkpoint.step == self.step for checkpoint in checkpoints]
+    return [checkpoint.step in self.steps for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -59,27 +60,29 @@ class Checkpoints:
     )
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-  def save(self, state: TrainState, best_step: int | None) -> None:
-    """Copies the state and writes it in the background.
+  def save(
+    self, state: TrainState, step: int, best_steps: Collection[int]
+  ) -> None:
+    """Writes a state in the background.
 
     Where this step's checkpoint is there already, it stays: one that a signal
     forced during the evaluation.
 
     Args:
-      state: The state, in any layout.
-      best_step: The step of the best checkpoint so far, which is kept.
+      state: The state, as `Layout.gathered` gives it.
+      step: Steps done.
+      best_steps: The steps of each network's best checkpoint so far, which are
+        kept.
 
     Raises:
       RunError: If this checkpoint, or the one before, could not be written.
     """
-    self._best.step = best_step
-    host = _to_host(state)
-    step = int(host.step)
+    self._best.steps = best_steps
     if step in self._manager.all_steps():
       return
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(host),
-      crc=ocp.args.JsonSave(_crc(host)),
+      state=ocp.args.StandardSave(state),
+      crc=ocp.args.JsonSave(_crc(state)),
     )
     try:
       self._manager.save(step, args=items)
@@ -101,7 +104,7 @@ class Checkpoints:
       f"a checkpoint could not be written to {self._folder} ({kept}): {reason}"
     )
 
-  def restore(self, target: TrainState) -> TrainState | None:
+  def restore(self, target: TrainState) -> tuple[int, TrainState | None]:
     """Reads the newest sound checkpoint.
 
     Newer ones that are damaged are named in a warning and moved aside, into the
@@ -111,7 +114,7 @@ class Checkpoints:
       target: What to read it into: `Layout.target`.
 
     Returns:
-      The state, or None where there is no checkpoint at all.
+      Its step and the state; 0 and None where there is no checkpoint at all.
 
     Raises:
       UsageError: If all checkpoints are damaged, or of another network, or not
@@ -119,14 +122,14 @@ class Checkpoints:
     """
     steps = sorted(self._manager.all_steps(), reverse=True)
     reasons: list[str] = []
-    state = None
+    found, state = 0, None
     for step in steps:
       try:
-        state = self.read(step, target)
+        found, state = step, self.read(step, target)
         break
       except Exception as error:  # Orbax has no one type for a bad file.
         reasons.append(f"step {step}: {first_line(error)}")
-    _check_agreed(-1 if state is None else int(state.step), reasons)
+    _check_agreed(-1 if state is None else found, reasons)
     if state is not None:
       self._move_aside(steps[: len(reasons)], reasons)
     elif reasons:
@@ -134,7 +137,7 @@ class Checkpoints:
         f"--resume: no checkpoint in {self._folder} can be used; "
         + "; ".join(reasons)
       )
-    return state
+    return found, state
 
   def read(self, step: int, target: TrainState) -> TrainState:
     """Reads one checkpoint; raises an error of some kind unless it is sound."""
@@ -209,15 +212,6 @@ def _free_name(damaged: pathlib.Path, step: int, source: pathlib.Path) -> None:
 
 def _steps(folder: pathlib.Path) -> list[int]:
   return [int(p.name) for p in folder.iterdir() if p.name.isdecimal()]
-
-
-def _to_host(tree: Any) -> Any:
-  """NumPy arrays, but for what is spread over several processes."""
-
-  def convert(x: jax.Array) -> Any:
-    return np.asarray(x) if x.is_fully_addressable else x
-
-  return jax.tree.map(convert, tree)
 
 
 def _crc(tree: Any) -> list[int]:

@@ -85,10 +85,12 @@ class Config:
   """Probability mass that is spread evenly over the classes, in [0, 1)."""
   seed: int = 0
   """Seed of initialisation, masks, shuffling and augmentation."""
+  networks: int = 1
+  """Networks to train side by side, of seeds --seed, --seed + 1, ..."""
   precision: Literal["float32", "bfloat16", "float64"] = "float32"
   """Dtype of the computation; with bfloat16, parameters stay float32."""
   devices: int = 1
-  """Devices over all processes; more than one: data-parallel by pmap."""
+  """Devices over all processes: they share each batch out, or the networks."""
   shard_params: bool = False
   """Split parameters and optimiser state over the devices, by jit."""
   skip_nonfinite: bool = False
@@ -118,6 +120,13 @@ class Config:
     fields = dataclasses.asdict(self)
     fields["dense_layers"] = list(self.dense_layers)
     return {k: v for k, v in fields.items() if k not in _FREE}
+
+  def of_network(self, index: int) -> Config:
+    """The run that trains one of the networks alone."""
+    if self.networks == 1:
+      return self
+    seed = self.seed + index
+    return dataclasses.replace(self, seed=seed, networks=1, devices=1)
 
   @classmethod
   def from_identity(cls, fields: dict[str, Any]) -> Config:
@@ -150,7 +159,7 @@ def _check_choices(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
   positive = ("epochs", "batch_size", "accumulate", "devices", "update_every")
-  for name in (*positive, "keep_checkpoints"):
+  for name in (*positive, "keep_checkpoints", "networks"):
     _require(config, name, "in [1, 2^31)", lambda n: 1 <= n < 2**31)
   for name in ("image_size", "process_count"):
     _require(config, name, "at least 1", lambda n: n is None or n >= 1)
@@ -177,12 +186,13 @@ def _check_together(config: Config) -> None:
     f"below --epochs {config.epochs}",
     lambda x: x < config.epochs,
   )
-  parts = config.devices * config.accumulate
+  _check_networks(config)
+  sharing = config.devices if config.networks == 1 else 1
+  parts = sharing * config.accumulate
   _require(
     config,
     "batch_size",
-    f"a multiple of --devices {config.devices} times --accumulate "
-    f"{config.accumulate}",
+    f"a multiple of --devices {sharing} times --accumulate {config.accumulate}",
     lambda n: n % parts == 0,
   )
   if config.image_size is not None and config.dataset != "imagenet2012":
@@ -193,6 +203,30 @@ def _check_together(config: Config) -> None:
   if config.resume and config.workdir is None:
     raise UsageError("--resume needs the --workdir of the run to go on with")
   _check_processes(config)
+
+
+def _check_networks(config: Config) -> None:
+  if config.networks == 1:
+    return
+  _require(
+    config,
+    "networks",
+    f"1 or a multiple of --devices {config.devices}",
+    lambda n: n % config.devices == 0,
+  )
+  last = config.seed + config.networks - 1
+  if last >= 2**32:
+    raise UsageError(
+      f"--networks {config.networks}: seeds must be below 2^32, got {last}"
+    )
+  for name, given in (
+    ("shard_params", config.shard_params),
+    ("coordinator", config.coordinator is not None),
+  ):
+    if given:
+      raise UsageError(
+        f"{flag(name)} goes with one network, got --networks {config.networks}"
+      )
 
 
 def check_effects(config: Config, default: Config) -> None:

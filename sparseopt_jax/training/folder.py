@@ -8,8 +8,9 @@ import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
+from sparseopt_jax.training import records
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.config import differences
 from sparseopt_jax.training.errors import UsageError
@@ -33,7 +34,10 @@ def default(config: Config) -> str:
   what = [config.dataset, config.model, config.topology]
   if config.topology != "dense":
     what.append(f"{config.sparsity:g}")
-  what += [f"seed{config.seed}", time.strftime("%Y%m%d-%H%M%S")]
+  what += [f"seed{config.seed}"]
+  if config.networks > 1:
+    what += [f"{config.networks}networks"]
+  what += [time.strftime("%Y%m%d-%H%M%S")]
   what += [str(os.getpid())]  # Others may start in the same second.
   return str(pathlib.Path("runs", "-".join(what)))
 
@@ -49,10 +53,55 @@ def identity(
   return fields
 
 
+class Folders(NamedTuple):
+  """Where a run writes.
+
+  Attributes:
+    run: The work folder, with the checkpoints.
+    identity: `identity` of the run.
+    networks: The folder of each network and the `identity` of the run that
+      trains it alone. One network alone has the work folder itself, several
+      have folders `seed-K` in it.
+  """
+
+  run: pathlib.Path
+  identity: dict[str, Any]
+  networks: list[tuple[pathlib.Path, dict[str, Any]]]
+
+  def check(self, resume: bool) -> None:
+    """Raises UsageError if the run must not write there."""
+    check(self.run, self.identity, resume)
+    for path, wanted in self.networks:
+      check(path, wanted, resume)
+
+  def write_configs(self) -> None:
+    """Makes the networks' folders, and writes what decides what is computed."""
+    for path, content in [(self.run, self.identity), *self.networks]:
+      path.mkdir(exist_ok=True)
+      records.write_json(path / CONFIG, content)
+
+
+def folders(
+  config: Config, create_optimizer: Callable[..., Any] | None = None
+) -> Folders:
+  """Where a run writes, `config.workdir` filled in."""
+  assert config.workdir is not None
+  run = pathlib.Path(config.workdir)
+  whole = identity(config, create_optimizer)
+  if config.networks == 1:
+    return Folders(run, whole, [(run, whole)])
+  alone = [config.of_network(index) for index in range(config.networks)]
+  return Folders(
+    run,
+    whole,
+    [(run / f"seed-{c.seed}", identity(c, create_optimizer)) for c in alone],
+  )
+
+
 @contextlib.contextmanager
 def prepared(
   config: Config, create_optimizer: Callable[..., Any] | None = None
-) -> Iterator[pathlib.Path]:
+) -> Iterator[Folders]:
   """Makes the work folder; refuses one that this run must not write in.
 
   Where the body of the `with` raises, a folder that is still empty goes again.
@@ -62,21 +111,20 @@ def prepared(
     create_optimizer: In place of the trainer's, as for `identity`.
 
   Yields:
-    The folder.
+    The folder, and those of its networks.
 
   Raises:
     UsageError: If it cannot be written, if it holds a run and `--resume` is not
       given, or if it holds a run of other flags.
   """
-  assert config.workdir is not None
-  folder = pathlib.Path(config.workdir)
-  _check_writable(folder)
-  check(folder, identity(config, create_optimizer), config.resume)
+  found = folders(config, create_optimizer)
+  _check_writable(found.run)
+  found.check(config.resume)
   try:
-    yield folder
+    yield found
   except BaseException:
     with contextlib.suppress(OSError):
-      folder.rmdir()
+      found.run.rmdir()
     raise
 
 

@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, records.
 
-The host never waits for a step that it has just started: the figures of a step
-are read a few steps later, when they are there.
+The host asks for as many steps at a time as take about a second, and never
+waits for those that it has just asked for: their figures are read when the next
+ones are under way.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 import contextlib
-import pathlib
+import time
 from typing import Any
 
 import jax
+import numpy as np
 
 import sparseopt_jax
-from sparseopt_jax.training import compiling
+from sparseopt_jax.training import feed as feed_lib
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import optimizer
-from sparseopt_jax.training import plots
-from sparseopt_jax.training import records
+from sparseopt_jax.training import runtime
 from sparseopt_jax.training import telling
 from sparseopt_jax.training.checkpoints import Checkpoints
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.parallel import Layout
-from sparseopt_jax.training.prefetch import Prefetch
+from sparseopt_jax.training.results import Results
 from sparseopt_jax.training.signals import Interrupted
 from sparseopt_jax.training.signals import StopRequest
 from sparseopt_jax.training.state import Sums
@@ -36,51 +37,48 @@ from sparseopt_jax.training.step import Task
 
 
 class Run:
-  """One training run in one folder.
+  """One training run, of one network or several.
 
   Args:
     config: What was asked for.
-    identity: `folder.identity`, for the files.
+    folders: Where it writes, and what decides what it computes.
     task: Model, data set and optimiser.
     layout: Where arrays live.
-    folder: The work folder.
     stop: Says when a signal has come.
   """
 
   def __init__(
     self,
     config: Config,
-    identity: dict[str, Any],
+    folders: folder_lib.Folders,
     task: Task,
     layout: Layout,
-    folder: pathlib.Path,
     stop: StopRequest,
   ) -> None:
     self._config = config
-    self._identity = identity
+    self._folders = folders
     self._dataset = task.dataset
     self._layout = layout
-    self._folder = folder
     self._stop = stop
-    self._train_step = layout.compile_train(task)
-    self._eval_step = layout.compile_eval(task)
-    self._epoch_steps = task.dataset.steps_per_epoch(config.batch_size)
+    self._train_steps = layout.compile_train(task)
+    self._eval_steps = layout.compile_eval(task)
+    self._epoch_steps = task.steps_per_epoch
     self._total_steps = config.epochs * self._epoch_steps
     self._updates_masks = optimizer.mask_updates(config, self._total_steps)
-    self._share = (jax.process_index(), jax.process_count())
+    self._seeds = range(config.seed, config.seed + config.networks)
     self._first = jax.process_index() == 0
 
   def train(
-    self, create: Callable[[], TrainState], command: str
-  ) -> dict[str, Any]:
+    self, create: Callable[[Any], TrainState], command: str
+  ) -> list[dict[str, Any]]:
     """Runs to the end, from the start or, with `resume`, from a checkpoint.
 
     Args:
-      create: Gives the state before step 0.
+      create: Gives the state before step 0 of a network, by its seed.
       command: The command line, for the summary.
 
     Returns:
-      The summary, as in `summary.json`.
+      The summary of each network, as in `summary.json`.
 
     Raises:
       Interrupted: A signal came; the state is in a checkpoint.
@@ -89,197 +87,211 @@ class Run:
     """
     with contextlib.ExitStack() as stack:
       if self._first:
-        stack.enter_context(folder_lib.locked(self._folder))
+        stack.enter_context(folder_lib.locked(self._folders.run))
         # Another process may have been here since the folder was prepared.
-        folder_lib.check(self._folder, self._identity, self._config.resume)
-        records.write_json(self._folder / folder_lib.CONFIG, self._identity)
-      state = self._train(create)
-      summary = self._summarise(state, command)
-    telling.say(f"{telling.result_line(summary)}: {self._folder}")
-    return summary
+        self._folders.check(self._config.resume)
+        self._folders.write_configs()
+      states = self._layout.split(self._train(create))
+      summaries = [
+        each.summarise(state, self._config, command)
+        for each, state in zip(self._results, states, strict=True)
+      ]
+    telling.say(f"{telling.result_line(summaries)}: {self._folders.run}")
+    return summaries
 
-  def _train(self, create: Callable[[], TrainState]) -> TrainState:
+  def _train(self, create: Callable[[Any], TrainState]) -> Any:
     self._checkpoints = Checkpoints(
-      self._folder / folder_lib.CHECKPOINTS, self._config.keep_checkpoints
+      self._folders.run / folder_lib.CHECKPOINTS, self._config.keep_checkpoints
     )
     with contextlib.closing(self._checkpoints):
-      state = self._begin(create)
-      step = int(state.step)
+      step, state = self._begin(create)
       self._show_table(f"step {step}" if step else "the start", state)
-      with contextlib.closing(self._log):
-        state = self._run_steps(state)
+      with contextlib.ExitStack() as stack:
+        for each in self._results:
+          stack.enter_context(contextlib.closing(each))
+        state = self._run_steps(step, state)
       self._checkpoints.wait()
     self._show_table("the end", state)
     return state
 
-  def _begin(self, create: Callable[[], TrainState]) -> TrainState:
-    restored = None
+  def _begin(self, create: Callable[[Any], TrainState]) -> tuple[int, Any]:
+    step, joined = 0, None
     if self._config.resume:
-      target = self._layout.target(jax.eval_shape(create))
-      restored = self._checkpoints.restore(target)
+      seed = np.uint32(self._config.seed)
+      target = self._layout.target(jax.eval_shape(create, seed))
+      step, joined = self._checkpoints.restore(target)
       telling.say(
         "--resume: there is no checkpoint yet, so this starts from step 0"
-        if restored is None
-        else f"--resume: goes on from step {int(restored.step)}"
+        if joined is None
+        else f"--resume: goes on from step {step}"
       )
-    state = self._layout.put(restored or compiling.quick_jit(create)())
-    self._log = records.MetricsLog(
-      self._folder / folder_lib.METRICS,
-      last_step=int(state.step),
-      writes=self._first,
-      tensorboard=self._config.tensorboard,
-    )
-    return state
+    if joined is None:
+      first = runtime.quick_jit(create)
+      states = [first(np.uint32(seed)) for seed in self._seeds]
+      joined = self._layout.joined(states)
+    self._results = [
+      Results(folder, identity, step, self._config.tensorboard)
+      for folder, identity in self._folders.networks
+    ]
+    return step, self._layout.put(joined)
 
-  def _run_steps(self, state: TrainState) -> TrainState:
-    step = int(state.step)
-    progress = telling.Progress(
-      self._total_steps, step, self._config.batch_size
-    )
-    batches = self._prefetch_from(step)
-    with contextlib.closing(progress), contextlib.closing(batches):
-      self._watch = _Watch(progress, self._config.skip_nonfinite)
-      speed = telling.Speed(self._config.batch_size, self._log.seconds)
+  def _run_steps(self, step: int, state: Any) -> Any:
+    batch_size, networks = self._config.batch_size, self._config.networks
+    progress = telling.Progress(self._total_steps, step, batch_size * networks)
+    self._feed = self._open_feed(step)
+    with contextlib.closing(progress), contextlib.closing(self._feed):
+      self._watch = _Watch(progress, self._layout, self._config)
+      speed = telling.Speed(batch_size, self._results[0].seconds)
       if step and step % self._epoch_steps == 0:
-        state = self._resume_epoch_end(state, step, speed)
+        self._resume_epoch_end(state, step, speed)
       while step < self._total_steps:
-        self._stop_if_asked(state, step)
-        state, metrics = self._train_step(
-          state, next(batches), self._updates_masks(step)
+        self._stop_if_asked(state, step, step)
+        examples, first, count = self._feed.train(step)
+        count, update_masks = self._next_steps(step, count)
+        state, metrics = self._train_steps(
+          state, examples, np.int32(first), np.int32(count), update_masks
         )
-        step += 1
-        self._watch.push(step, metrics)
+        step += count
+        self._watch.push(count, metrics)
         if not speed.started:  # The first step compiles: not counted.
-          jax.block_until_ready(metrics)
-          speed.start(step, batches.waited)
+          self._watch.drain()
+          speed.start(step, self._feed.waited)
         if step % self._epoch_steps == 0:
           self._watch.drain()
-          figures = speed.figures(step, batches.waited)
-          state = self._end_epoch(state, step, figures)
-          speed.start(step, batches.waited)
+          figures = speed.figures(step, self._feed.waited)
+          self._end_epoch(state, step, figures)
+          speed.start(step, self._feed.waited)
     return state
 
+  def _open_feed(self, step: int) -> feed_lib.Feed:
+    size = self._config.batch_size
+    if self._dataset.arrays() is None:
+      return feed_lib.Streamed(
+        self._dataset, self._layout, self._config.seed, size, step
+      )
+    return feed_lib.Resident(self._dataset, self._layout, self._seeds, size)
+
+  def _next_steps(self, step: int, most: int) -> tuple[int, bool | None]:
+    """How many steps to take in one call, and `update_masks` of them all."""
+    update_masks = self._updates_masks(step)
+    most = min(most, self._grain(step))
+    count = 1
+    while count < most and self._updates_masks(step + count) == update_masks:
+      count += 1
+    return count, update_masks
+
+  def _grain(self, step: int) -> int:
+    """At most so many steps before the host looks up."""
+    if jax.process_count() == 1:
+      return self._watch.grain
+    # All processes compare notes after the same steps.
+    return StopRequest.EVERY - step % StopRequest.EVERY
+
   def _resume_epoch_end(
-    self, state: TrainState, step: int, speed: telling.Speed
-  ) -> TrainState:
+    self, state: Any, step: int, speed: telling.Speed
+  ) -> None:
     """Evaluates, unless the run did before it was stopped.
 
     A checkpoint that a signal forced during an evaluation comes before it.
     """
-    if self._log.lines and self._log.lines[-1]["step"] == step:
-      return state._replace(sums=self._layout.put(Sums.zero()))
-    return self._end_epoch(state, step, speed.figures(step, 0.0))
+    if any(each.last_step != step for each in self._results):
+      self._end_epoch(state, step, speed.figures(step, 0.0))
 
-  def _prefetch_from(self, step: int) -> Prefetch:
-    batches = self._dataset.train_batches(
-      self._config.seed, step, self._config.batch_size, *self._share
-    )
-    return Prefetch(batches, self._layout.put_batch)
-
-  def _stop_if_asked(self, state: TrainState, count: int) -> None:
+  def _stop_if_asked(self, state: Any, step: int, count: int) -> None:
     number = self._stop.agreed(count)
     if number:
       self._watch.drain()
-      self._checkpoints.save(state, self._best_step())
+      self._save(state, step)
       self._checkpoints.wait()
       raise Interrupted(
-        number, f"the same flags and --resume --workdir {self._folder}"
+        number, f"the same flags and --resume --workdir {self._folders.run}"
       )
 
+  def _save(self, state: Any, step: int) -> None:
+    best = {
+      each.best["step"] for each in self._results if each.last_step is not None
+    }
+    self._checkpoints.save(self._layout.gathered(state), step, best)
+
   def _end_epoch(
-    self, state: TrainState, step: int, speed: dict[str, float | None]
-  ) -> TrainState:
+    self, state: Any, step: int, speed: dict[str, float | None]
+  ) -> None:
     """Evaluates, writes the figures, then a checkpoint that follows them."""
-    train_loss, train_accuracy = state.sums.means()
-    test_loss, test_accuracy = self._evaluate(state)
+    sums = self._layout.split(self._evaluate(state, step))
     self._layout.check_replicas(state)
-    line = {
-      "step": step,
-      "epoch": step // self._epoch_steps,
-      "train_loss": train_loss,
-      "train_accuracy": train_accuracy,
-      "test_loss": test_loss,
-      "test_accuracy": test_accuracy,
-      "nonfinite_steps": int(state.nonfinite_steps),
-      **telling.sparsity_figures(state.opt_state),
-      **speed,
-    }
-    self._log.append(line)
-    telling.say(telling.epoch_line(line, self._config.epochs))
-    state = state._replace(sums=self._layout.put(Sums.zero()))
-    self._checkpoints.save(state, self._best_step())
-    return state
+    lines = []
+    states = self._layout.split(state)
+    for each, own, tested in zip(self._results, states, sums, strict=True):
+      test_loss, test_accuracy = tested.means()
+      figures = {
+        "step": step,
+        "epoch": step // self._epoch_steps,
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        **speed,
+      }
+      if each.last_step == step:  # Stopped between two networks' lines.
+        continue
+      lines.append(each.append(own, figures))
+    telling.say(telling.epoch_line(lines, self._config.epochs))
+    self._save(state, step)
 
-  def _evaluate(self, state: TrainState) -> tuple[float, float]:
+  def _evaluate(self, state: Any, step: int) -> Any:
     """Loss and accuracy over the whole test set, each example once."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    sums = self._layout.put(Sums.zero())
-    batches = Prefetch(
-      self._dataset.test_batches(self._config.batch_size, *self._share),
-      self._layout.put_batch,
-    )
-    with contextlib.closing(batches):
-      for count, batch in enumerate(batches):
-        self._stop_if_asked(state, count)
-        sums = self._eval_step(variables, sums, batch)
-    return sums.means()
+    zeros = [Sums.zero() for _ in self._seeds]
+    sums = self._layout.put(self._layout.joined(zeros))
+    calls = 0
+    with contextlib.closing(self._feed.test()) as parts:
+      for examples, batches in parts:
+        first = 0
+        while first < batches:
+          self._stop_if_asked(state, step, calls)
+          count = min(batches - first, self._grain(0))
+          sums = self._eval_steps(
+            state, sums, examples, np.int32(first), np.int32(count)
+          )
+          first, calls = first + count, calls + 1
+    return sums
 
-  def _show_table(self, when: str, state: TrainState) -> None:
-    if has_masks(state.opt_state):
-      table = sparseopt_jax.sparsity_table(state.opt_state)
-      telling.say(f"Sparsity at {when}:\n{table}")
-
-  def _best_step(self) -> int | None:
-    lines = self._log.lines
-    return max(lines, key=_rank)["step"] if lines else None
-
-  def _summarise(self, state: TrainState, command: str) -> dict[str, Any]:
-    lines = self._log.lines
-    last = {k: v for k, v in lines[-1].items() if k != "layers"}
-    best = max(lines, key=_rank)
-    summary = {
-      **last,
-      "best_test_accuracy": best["test_accuracy"],
-      "best_step": best["step"],
-      **telling.sparse_counts(state),
-      "devices": self._config.devices,
-      "processes": jax.process_count(),
-      **telling.surroundings(),
-      "command": command,
-      "config": self._identity,
-    }
-    if self._first:
-      records.write_json(self._folder / folder_lib.SUMMARY, summary)
-      image = plots.curves(lines)
-      records.write_bytes(self._folder / folder_lib.CURVES, image)
-    return summary
-
-
-def _rank(line: dict[str, Any]) -> tuple[float, int]:
-  """The best has the highest test accuracy; of several, it is the last."""
-  return line["test_accuracy"], line["step"]
+  def _show_table(self, when: str, state: Any) -> None:
+    """Of the first network."""
+    opt_state = self._layout.split(state)[0].opt_state
+    if has_masks(opt_state):
+      table = sparseopt_jax.sparsity_table(opt_state)
+      whose = f" of seed {self._seeds[0]}" if len(self._seeds) > 1 else ""
+      telling.say(f"Sparsity{whose} at {when}:\n{table}")
 
 
 class _Watch:
-  """Looks at the figures of each step, a few steps later.
+  """Looks at the figures of each call, one call later.
 
   Args:
     progress: Shows them.
-    skip_nonfinite: Whether NaN and infinity are to be expected.
+    layout: Of the figures.
+    config: What is trained.
+
+  Attributes:
+    grain: Steps that take about a second.
   """
 
-  _BEHIND = 4
+  _BEHIND = 1
+  _MOST = 1024
 
-  def __init__(self, progress: telling.Progress, skip_nonfinite: bool) -> None:
+  def __init__(
+    self, progress: telling.Progress, layout: Layout, config: Config
+  ) -> None:
+    self.grain = 1
     self._progress = progress
-    self._skip_nonfinite = skip_nonfinite
+    self._layout = layout
+    self._config = config
+    self._looked = time.perf_counter()
     self._pending: collections.deque[tuple[int, StepMetrics]] = (
       collections.deque()
     )
 
-  def push(self, step: int, metrics: StepMetrics) -> None:
-    """Remembers a step's figures and looks at an older one's."""
-    self._pending.append((step, metrics))
+  def push(self, count: int, metrics: StepMetrics) -> None:
+    """Remembers the figures of so many steps, and looks at older ones."""
+    self._pending.append((count, metrics))
     if len(self._pending) > self._BEHIND:
       self._look()
 
@@ -289,12 +301,29 @@ class _Watch:
       self._look()
 
   def _look(self) -> None:
-    step, metrics = self._pending.popleft()
-    loss, accuracy, finite = (x.item() for x in jax.device_get(metrics))
-    if not finite and not self._skip_nonfinite:
-      raise RunError(
-        f"NaN or infinity in the loss ({loss:g}), the gradient or the network "
-        f"after step {step}; the last good checkpoint is kept "
-        "(--skip-nonfinite leaves such steps out)"
-      )
-    self._progress.step(loss, accuracy)
+    count, metrics = self._pending.popleft()
+    each = jax.device_get(self._layout.split(metrics))
+    if not self._config.skip_nonfinite:
+      for index, one in enumerate(each):
+        if not one.finite:
+          raise RunError(self._not_finite(index, one))
+    loss, accuracy = np.mean([(m.loss, m.accuracy) for m in each], axis=0)
+    self._progress.steps(count, loss, accuracy)
+    self._adapt(count)
+
+  def _adapt(self, count: int) -> None:
+    now = time.perf_counter()
+    seconds, self._looked = now - self._looked, now
+    if count == self.grain and seconds < 0.5:
+      self.grain = min(2 * self.grain, self._MOST)
+    elif seconds > 2:
+      self.grain = max(self.grain // 2, 1)
+
+  def _not_finite(self, index: int, metrics: StepMetrics) -> str:
+    seed = self._config.seed + index
+    whose = f" of seed {seed}" if self._config.networks > 1 else ""
+    return (
+      f"NaN or infinity in the loss ({metrics.loss:g}), the gradient or the "
+      f"network{whose} after step {metrics.step}; the last good checkpoint is "
+      "kept (--skip-nonfinite leaves such steps out)"
+    )

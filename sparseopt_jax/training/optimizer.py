@@ -99,6 +99,7 @@ def masking(
   params: Any,
   steps_per_epoch: int,
   corrected: inspection.BatchNormalized,
+  seed: Any,
 ) -> dict[str, Any]:
   """What `sparsify` takes beside the optimiser, by keyword.
 
@@ -116,7 +117,7 @@ def masking(
     "corrected": corrected if config.correction == "on" else False,
     "distribution": config.distribution,
     "sparse": lambda path, leaf: path in sparse,
-    "seed": config.seed,
+    "seed": seed,
   }
 
 
@@ -125,6 +126,7 @@ def create(
   params: Any,
   steps_per_epoch: int,
   corrected: inspection.BatchNormalized,
+  seed: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """SGD with momentum, sparse unless `--topology dense`.
 
@@ -136,6 +138,7 @@ def create(
     params: The parameters, or their shapes.
     steps_per_epoch: Steps in an epoch.
     corrected: The kernels that feed batch normalisation.
+    seed: Of the masks; an int or an array.
 
   Returns:
     The optimiser.
@@ -149,5 +152,5 @@ def create(
   )
   if config.topology == "dense":
     return optax.with_extra_args_support(sgd)
-  options = masking(config, params, steps_per_epoch, corrected)
+  options = masking(config, params, steps_per_epoch, corrected, seed)
   return sparseopt_jax.sparsify(sgd, **options)

@@ -35,8 +35,11 @@ class StopRequest:
   second one ends the process at once, even in the middle of a compilation.
 
   Attributes:
+    EVERY: Several processes compare notes at multiples of so many steps.
     number: The signal's number, or 0.
   """
+
+  EVERY = 10
 
   def __init__(self) -> None:
     self.number = 0
@@ -62,7 +65,7 @@ class StopRequest:
     for each in self._previous:
       signal.signal(each, signal.SIG_DFL)
 
-  def agreed(self, step: int, every: int = 10) -> int:
+  def agreed(self, step: int) -> int:
     """The signal that all processes stop at after this step, or 0.
 
     In several processes they have to stop after the same step, or one would
@@ -70,7 +73,6 @@ class StopRequest:
 
     Args:
       step: Steps done, the same in all processes.
-      every: Compare notes at multiples of this.
 
     Returns:
       The largest number that any process was sent.
@@ -80,7 +82,7 @@ class StopRequest:
 
     if jax.process_count() == 1:
       return self.number
-    if step % every:
+    if step % self.EVERY:
       return 0
     numbers = multihost_utils.process_allgather(np.int32(self.number))
     return int(np.max(numbers))

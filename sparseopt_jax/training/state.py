@@ -1,4 +1,4 @@
-"""The whole state of a run: what a checkpoint holds and a step changes."""
+"""The whole state of a network: what a step changes and a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32 [], steps done.
-    key: uint32 [2], key data of the run; never changes.
+    key: uint32 [2], key data of the network; never changes.
     params: The network's parameters.
     batch_stats: Running statistics of batch normalisation.
     opt_state: The optimiser's state, masks included.
-    sums: Sums over the training steps since the last evaluation.
+    sums: Sums over the training steps of the epoch so far.
     nonfinite_steps: int32 [], steps left out for NaN or infinity.
   """
 
@@ -64,15 +64,20 @@ class TrainState(NamedTuple):
   nonfinite_steps: jax.Array
 
 
+def variables(state: TrainState) -> dict[str, Any]:
+  """What the network is applied with."""
+  return {"params": state.params, "batch_stats": state.batch_stats}
+
+
 def create(
-  seed: int,
+  seed: jax.Array,
   variables: dict[str, Any],
   tx: optax.GradientTransformationExtraArgs,
 ) -> TrainState:
-  """Starts a run from freshly initialised variables.
+  """Starts a network from freshly initialised variables.
 
   Args:
-    seed: Seed of the run's random numbers.
+    seed: uint32 [], seed of the network's random numbers.
     variables: `params` and `batch_stats`.
     tx: The optimiser. Where it holds masks, the parameters start masked.
 

@@ -1,13 +1,15 @@
-"""One training step and one evaluation step, pure functions of arrays.
+"""One training step and one evaluation step, and loops of them.
 
-The same functions serve one device under `jax.jit` (`axis_name=None`), many
-under `jax.pmap` (`axis_name` given: gradients and statistics are averaged over
-it before the update, so that all replicas stay bit-identical), and arrays that
-are sharded over a mesh (`axis_name=None` again: the batch is then whole).
+All are pure functions of arrays. They serve one device under `jax.jit`
+(`axis_name=None`), many under `jax.pmap` (`axis_name` given: gradients and
+statistics are averaged over it before the update, so that all replicas stay
+bit-identical), arrays that are sharded over a mesh (`axis_name=None` again: the
+batch is then whole), and many networks by `jax.vmap` (`mapped`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +26,34 @@ from sparseopt_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
+class Examples(NamedTuple):
+  """What the batches of one call are taken from.
+
+  Attributes:
+    image: uint8 (n, h, w, c).
+    label: int32 (n,).
+    rows: int32 (batches, b), the examples of each batch; None: the n examples
+      are the only batch.
+    valid: bool (batches, b), or (n,) without `rows`: which rows of a test batch
+      count; None for training.
+  """
+
+  image: Any
+  label: Any
+  rows: Any = None
+  valid: Any = None
+
+  def batch(self, index: jax.Array | int) -> Batch:
+    """Batch number `index`."""
+    batch = {"image": self.image, "label": self.label}
+    if self.rows is not None:
+      rows = self.rows[index]
+      batch = {k: jnp.take(x, rows, 0, mode="clip") for k, x in batch.items()}
+    if self.valid is not None:
+      batch["valid"] = self.valid if self.rows is None else self.valid[index]
+    return batch
+
+
 class Task(NamedTuple):
   """What a step needs to know that is not an array.
 
@@ -31,36 +61,96 @@ class Task(NamedTuple):
     model: The network, `model.apply(variables, images, train=...)`.
     dataset: Augments and preprocesses images.
     tx: The optimiser.
+    steps_per_epoch: Steps in an epoch.
     dtype: The dtype of the computation.
     label_smoothing: Probability mass that is spread over the classes.
     accumulate: Parts that each batch is worked through in.
     skip_nonfinite: Whether a step with NaN or infinity leaves the state alone.
-    axis_name: The mapped axis, or None.
+    axis_name: The axis of devices that share a batch, or None.
+    mapped: Whether states and metrics have a leading axis of networks.
   """
 
   model: nn.Module
   dataset: Dataset
   tx: optax.GradientTransformationExtraArgs
+  steps_per_epoch: int
   dtype: DTypeLike = jnp.float32
   label_smoothing: float = 0.0
   accumulate: int = 1
   skip_nonfinite: bool = False
   axis_name: str | None = None
+  mapped: bool = False
 
 
 class StepMetrics(NamedTuple):
   """What a step tells the host, averaged over the whole batch.
 
   Attributes:
+    step: int32 [], steps done.
     loss: float32 [].
     accuracy: float32 [].
     finite: bool [], whether the loss, all gradients and the network after the
       step are finite.
   """
 
+  step: jax.Array
   loss: jax.Array
   accuracy: jax.Array
   finite: jax.Array
+
+
+def train_steps(
+  task: Task,
+  state: TrainState,
+  examples: Examples,
+  first: jax.Array,
+  count: jax.Array,
+  update_masks: bool | None = None,
+) -> tuple[TrainState, StepMetrics]:
+  """Takes several steps in one call.
+
+  It stops after a step that is not finite, unless these are to be left out.
+
+  Args:
+    task: The static part.
+    state: The state; donate it.
+    examples: Where the batches come from; if `mapped`, each network has its own
+      `rows`, (networks, batches, b).
+    first: int32 [], number of the first batch.
+    count: int32 [], how many steps, at least one.
+    update_masks: Of each of the steps, as for `train_step`.
+
+  Returns:
+    The state after the last step, and that step's metrics.
+  """
+
+  def one(
+    state: TrainState, rows: jax.Array | None, index: jax.Array
+  ) -> tuple[TrainState, StepMetrics]:
+    batch = examples._replace(rows=rows).batch(index)
+    return train_step(task, state, batch, update_masks)
+
+  step = jax.vmap(one, in_axes=(0, 0, None)) if task.mapped else one
+
+  def goes_on(carry: tuple) -> jax.Array:
+    done, _, metrics = carry
+    sound = task.skip_nonfinite | jnp.all(metrics.finite)
+    return (done < count) & sound
+
+  def body(carry: tuple) -> tuple:
+    done, state, _ = carry
+    return done + 1, *step(state, examples.rows, first + done)
+
+  start = StepMetrics(
+    step=state.step,
+    loss=jnp.zeros_like(state.sums.loss),
+    accuracy=jnp.zeros_like(state.sums.loss),
+    finite=jnp.ones_like(state.step, dtype=bool),
+  )
+  _, state, metrics = lax.while_loop(
+    goes_on, body, (jnp.int32(0), state, start)
+  )
+  return state, metrics
 
 
 def train_step(
@@ -82,6 +172,7 @@ def train_step(
   Returns:
     The next state, and the step's metrics.
   """
+  state = state._replace(sums=_sums_of_epoch(task, state))
   batch = _augment(task, state, batch)
   grads, batch_stats, sums = _gradient(task, state, batch)
   grads, batch_stats, sums = _over_devices(task, grads, batch_stats, sums)
@@ -100,11 +191,40 @@ def train_step(
     new_state = _keep_if(finite, new_state, state)
   new_state = new_state._replace(step=state.step + 1)
   metrics = StepMetrics(
+    step=new_state.step,
     loss=sums.loss / sums.examples,
     accuracy=sums.correct / sums.examples,
     finite=finite,
   )
   return new_state, metrics
+
+
+def eval_steps(
+  task: Task,
+  variables: dict[str, Any],
+  sums: Sums,
+  examples: Examples,
+  first: jax.Array,
+  count: jax.Array,
+) -> Sums:
+  """Adds several test batches to the sums.
+
+  Args:
+    task: The static part.
+    variables: `params` and `batch_stats`.
+    sums: Sums so far.
+    examples: Where the batches come from, the same for all networks.
+    first: int32 [], number of the first batch.
+    count: int32 [], how many batches.
+
+  Returns:
+    The sums with each example of these batches once.
+  """
+  step = functools.partial(eval_step, task)
+  if task.mapped:
+    step = jax.vmap(step, in_axes=(0, 0, None))
+  body = lambda index, sums: step(variables, sums, examples.batch(index))
+  return lax.fori_loop(first, first + count, body, sums)
 
 
 def eval_step(
@@ -118,6 +238,14 @@ def eval_step(
   if task.axis_name is not None:
     found = lax.psum(found, task.axis_name)
   return jax.tree.map(jnp.add, sums, found)
+
+
+def _sums_of_epoch(task: Task, state: TrainState) -> Sums:
+  """The sums so far; those of the epoch before are done with."""
+  starts = state.step % task.steps_per_epoch == 0
+  return jax.tree.map(
+    lambda x: jnp.where(starts, jnp.zeros_like(x), x), state.sums
+  )
 
 
 def _augment(task: Task, state: TrainState, batch: Batch) -> Batch:

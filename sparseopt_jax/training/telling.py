@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 import importlib.metadata
 import platform
+import statistics
 import time
 from typing import Any
 
@@ -14,7 +16,7 @@ import tqdm
 import sparseopt_jax
 from sparseopt_jax import _paths
 from sparseopt_jax.metrics import on_host
-from sparseopt_jax.training import compiling
+from sparseopt_jax.training import runtime
 from sparseopt_jax.training.state import TrainState
 from sparseopt_jax.training.state import has_masks
 
@@ -41,7 +43,7 @@ class Progress:
   Args:
     total: Steps of the run.
     done: Steps done already.
-    batch_size: Images in a step.
+    batch_size: Images in a step, of all networks.
   """
 
   def __init__(self, total: int, done: int, batch_size: int) -> None:
@@ -56,12 +58,12 @@ class Progress:
     )
     self._batch_size = batch_size
 
-  def step(self, loss: float, accuracy: float) -> None:
-    """One more step is done."""
+  def steps(self, count: int, loss: float, accuracy: float) -> None:
+    """So many more steps are done; loss and accuracy are of the last one."""
     self._bar.set_postfix(
       loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False
     )
-    self._bar.update(self._batch_size)
+    self._bar.update(count * self._batch_size)
 
   def close(self) -> None:
     """Leaves the bar as it is."""
@@ -105,27 +107,45 @@ class Speed:
     }
 
 
-def epoch_line(line: dict[str, Any], epochs: int) -> str:
-  """One line of `metrics.jsonl`, for people."""
-  speed = line["images_per_second"]
+def epoch_line(lines: Sequence[dict[str, Any]], epochs: int) -> str:
+  """The lines of `metrics.jsonl` of one epoch, one a network, for people."""
+
+  def mean(name: str) -> float:
+    return statistics.fmean(line[name] for line in lines)
+
+  speeds = [line["images_per_second"] for line in lines]
   return (
-    f"epoch {line['epoch']}/{epochs}: "
-    f"train {line['train_loss']:.3f} {line['train_accuracy']:.1%}, "
-    f"test {line['test_loss']:.3f} {line['test_accuracy']:.1%}"
-    + ("" if speed is None else f", {speed:.0f} images/s")
+    f"epoch {lines[0]['epoch']}/{epochs}: "
+    f"train {mean('train_loss'):.3f} {mean('train_accuracy'):.1%}, "
+    f"test {mean('test_loss'):.3f} {mean('test_accuracy'):.1%}"
+    + _range([line["test_accuracy"] for line in lines])
+    + ("" if None in speeds else f", {sum(speeds):.0f} images/s")
   )
 
 
-def result_line(summary: dict[str, Any]) -> str:
-  """A summary, for people."""
+def _range(accuracies: Sequence[float]) -> str:
+  """The lowest and the highest; nothing for one network."""
+  if len(accuracies) == 1:
+    return ""
+  return f" ({min(accuracies):.1%} to {max(accuracies):.1%})"
+
+
+def result_line(summaries: Sequence[dict[str, Any]]) -> str:
+  """The summaries of a run, one a network, for people."""
+
+  def mean(name: str) -> float:
+    return statistics.fmean(each[name] for each in summaries)
+
+  networks = f"{len(summaries)} networks: " if len(summaries) > 1 else ""
   return (
-    f"test accuracy {summary['test_accuracy']:.2%}, best "
-    f"{summary['best_test_accuracy']:.2%}, density {summary['density']:.2%}, "
-    f"{summary['seconds']:.0f} s"
+    f"{networks}test accuracy {mean('test_accuracy'):.2%}"
+    + _range([each["test_accuracy"] for each in summaries])
+    + f", best {mean('best_test_accuracy'):.2%}, "
+    f"density {mean('density'):.2%}, {summaries[0]['seconds']:.0f} s"
   )
 
 
-_metrics = compiling.quick_jit(sparseopt_jax.sparsity_metrics)
+_metrics = runtime.quick_jit(sparseopt_jax.sparsity_metrics)
 
 
 def sparsity_figures(opt_state: Any) -> dict[str, Any]:

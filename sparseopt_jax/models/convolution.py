@@ -1,0 +1,170 @@
+"""A convolution whose gradient is fast on CPUs as well as on accelerators.
+
+XLA's CPU backend hands a convolution to its library only in the form of a
+forward convolution, (b, h, w, c) by (kh, kw, c, f). The transposed ones of the
+gradient become plain loops wherever they stand in a `lax.scan` or `while_loop`,
+tens of times slower. So on a CPU both are written as forward convolutions here.
+
+XLA also computes what stands before a convolution, batch normalisation and
+ReLU, once more for each use of its result. An optimisation barrier before the
+convolution keeps it at once, if the program is compiled with `BARRIER_OPTIONS`;
+without them, the barrier does nothing.
+
+On accelerators it is `jax.lax.conv_general_dilated` and its own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+# For `jax.jit(..., compiler_options=...)` on a CPU: keeps barriers in place.
+BARRIER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+Padding = tuple[tuple[int, int], ...]
+_FORM = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve(
+  images: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  **options: Any,
+) -> jax.Array:
+  """Convolves images; for `flax.linen.Conv(conv_general_dilated=convolve)`.
+
+  Args:
+    images: (b, h, w, c).
+    kernel: (kh, kw, c, f).
+    strides: Of height and width.
+    padding: Zeros before and after height and width.
+    **options: What else Flax gives; dilation and groups must be its defaults.
+
+  Returns:
+    (b, h', w', f), with h' = (h + before + after - kh) // stride + 1.
+
+  Raises:
+    ValueError: Dilation or groups.
+  """
+  for name in ("lhs_dilation", "rhs_dilation"):
+    if any(each != 1 for each in options.get(name) or ()):
+      raise ValueError(f"{name} must be 1, got {options[name]}")
+  if options.get("feature_group_count", 1) != 1:
+    raise ValueError(
+      f"feature_group_count must be 1, got {options['feature_group_count']}"
+    )
+  return _convolve(images, kernel, tuple(strides), tuple(map(tuple, padding)))
+
+
+def _plain(
+  images: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, ...],
+  padding: Padding,
+  **dilation: Any,
+) -> jax.Array:
+  return lax.conv_general_dilated(
+    images, kernel, strides, padding, dimension_numbers=_FORM, **dilation
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(
+  images: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, ...],
+  padding: Padding,
+) -> jax.Array:
+  return _plain(images, kernel, strides, padding)
+
+
+def _forward(
+  images: jax.Array,
+  kernel: jax.Array,
+  strides: tuple[int, ...],
+  padding: Padding,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  images = lax.platform_dependent(
+    images, cpu=lax.optimization_barrier, default=lambda x: x
+  )
+  return _plain(images, kernel, strides, padding), (images, kernel)
+
+
+def _backward(
+  strides: tuple[int, ...],
+  padding: Padding,
+  kept: tuple[jax.Array, jax.Array],
+  gradient: jax.Array,
+) -> tuple[jax.Array, ...]:
+  return lax.platform_dependent(
+    *kept,
+    gradient,
+    cpu=functools.partial(_backward_as_forward, strides, padding),
+    default=functools.partial(_backward_of_plain, strides, padding),
+  )
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def _backward_of_plain(
+  strides: tuple[int, ...],
+  padding: Padding,
+  images: jax.Array,
+  kernel: jax.Array,
+  gradient: jax.Array,
+) -> tuple[jax.Array, ...]:
+  plain = functools.partial(_plain, strides=strides, padding=padding)
+  return jax.vjp(plain, images, kernel)[1](gradient)
+
+
+def _backward_as_forward(
+  strides: tuple[int, ...],
+  padding: Padding,
+  images: jax.Array,
+  kernel: jax.Array,
+  gradient: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """Gradients by images and kernel.
+
+  With x the images, w the kernel, g the gradient and s the stride, along one
+  axis padded by p before: y[i] = sum_k x[s i + k - p] w[k]. Then dx is g,
+  spread out by s, convolved with the reversed w; dw is x convolved with g,
+  spread out by s.
+  """
+  sizes = zip(
+    kernel.shape[:2],
+    images.shape[1:3],
+    gradient.shape[1:3],
+    strides,
+    padding,
+    strict=True,
+  )
+  image_padding, kernel_padding = [], []
+  for k, n, m, stride, (before, _) in sizes:
+    spread = (m - 1) * stride + 1
+    image_padding.append((k - 1 - before, n + before - spread))
+    kernel_padding.append((before, k - 1 + spread - n - before))
+  reversed_kernel = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
+  image_gradient = _plain(
+    gradient,
+    reversed_kernel,
+    (1, 1),
+    tuple(image_padding),
+    lhs_dilation=strides,
+  )
+  # Channels take the place of the batch, and the batch that of the channels.
+  kernel_gradient = _plain(
+    jnp.transpose(images, (3, 1, 2, 0)),
+    jnp.transpose(gradient, (1, 2, 0, 3)),
+    (1, 1),
+    tuple(kernel_padding),
+    rhs_dilation=strides,
+  )
+  return image_gradient, jnp.transpose(kernel_gradient, (1, 2, 0, 3))
