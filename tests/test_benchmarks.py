@@ -92,6 +92,16 @@ def test_scaling(tmp_path, capsys):
   assert list(rows) == ["2e+04 weights, 1 layers", "2e+04 weights, 8 layers"]
 
 
+def test_networks(tmp_path, capsys):
+  arguments = ["networks", "--model", "perceptron", "--width", "8"]
+  small = ["--batch-size", "4", "--steps", "2", "--repeats", "2"]
+  many = ["--networks", "2", "4", "--devices", "2"]
+  rows = _run([*arguments, *small, *many], tmp_path, capsys)
+  assert list(rows) == ["1", "2", "4"]
+  assert rows["1"]["times_one"] == 1
+  assert rows["4"]["state_megabytes"] > 3.9 * rows["1"]["state_megabytes"]
+
+
 def test_input(tmp_path, capsys):
   arguments = ["input", "--model", "resnet8", "--batch-size", "8"]
   rows = _run([*arguments, "--repeats", "2"], tmp_path, capsys)
@@ -138,6 +148,11 @@ def test_ratios_are_taken_round_by_round():
     ("training-step --precision half", "invalid choice: 'half'"),
     ("training-step --image-size 0", "--image-size must be at least 1, got 0"),
     ("scaling --sizes 8000 -5", "--sizes must be at least 8000, got -5"),
+    (
+      "networks --networks 3 --devices 2",
+      "--networks must be 1 or a multiple of --devices 2, got 3",
+    ),
+    ("networks --steps 79", "--steps must be at most 78"),
     ("memory --repeats 3", "unrecognized arguments: --repeats 3"),
     ("memory --output none/a.json", "--output none/a.json: there is no such"),
     ("memory --output .", "--output . is a folder"),

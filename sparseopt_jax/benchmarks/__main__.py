@@ -37,6 +37,7 @@ def parser() -> cli.Parser:
     ("memory", "bytes of the state and of the compiled program"),
     ("scaling", "the mask update by number of weights and layers"),
     ("training-step", "the whole step between mask updates"),
+    ("networks", "many networks in one program, against one after the other"),
     ("input", "images a second of the input, against the trainer's step"),
   ):
     command = commands.add_parser(name, help=text)
@@ -49,17 +50,28 @@ def parser() -> cli.Parser:
       _add(command, "--sizes", sizes, "numbers of weights", type=int, nargs="+")
       topologies = ["SET", "RigL"]
       _add(command, "--topology", "RigL", "how masks change", topologies)
-    elif name in ("training-step", "input"):
+    elif name in ("training-step", "input", "networks"):
       _add(command, "--model", "resnet20", "the network", models.NAMES)
       _add(command, "--batch-size", 128, "images in a step")
       precisions = config_lib.PRECISIONS
       _add(command, "--precision", "float32", "of the computation", precisions)
       if name == "training-step":
         _add(command, "--image-size", 32, "height and width in pixels")
+      if name == "networks":
+        _add_networks(command)
     else:
       trees = optimizer.TREES
       _add(command, "--model", "resnet50", "whose parameters to take", trees)
   return top
+
+
+def _add_networks(command: argparse.ArgumentParser) -> None:
+  counts = [1, 2, 4, 8, 16, 32]
+  text = "numbers of networks; 1 is always there"
+  _add(command, "--networks", counts, text, type=int, nargs="+")
+  _add(command, "--devices", 1, "devices that share the networks out")
+  _add(command, "--width", None, "channels or neurons", type=int)
+  _add(command, "--steps", 10, "steps that one call takes")
 
 
 def _add(
@@ -91,11 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(args: argparse.Namespace) -> None:
   if not 0 <= args.sparsity < 1:
     raise UsageError(f"--sparsity must be in [0, 1), got {args.sparsity}")
-  for name in ("repeats", "batch_size", "image_size"):
+  for name in ("repeats", "batch_size", "image_size", "steps"):
     if getattr(args, name, 1) < 1:
       raise UsageError(
         f"{config_lib.flag(name)} must be at least 1, got {getattr(args, name)}"
       )
+  for count in getattr(args, "networks", []):
+    _config(args, count)
   if min(getattr(args, "sizes", [8_000])) < 8_000:
     raise UsageError(f"--sizes must be at least 8000, got {min(args.sizes)}")
   if args.output and not pathlib.Path(args.output).parent.is_dir():
@@ -119,6 +133,12 @@ def _run(args: argparse.Namespace) -> None:
       args.repeats,
       args.precision,
     )
+  elif args.command == "networks":
+    from sparseopt_jax.benchmarks import networks
+
+    name += f", {args.model}, {args.devices} device(s)"
+    configs = [_config(args, n) for n in sorted({1, *args.networks})]
+    rows = networks.run(configs, args.repeats, args.steps)
   elif args.command == "input":
     from sparseopt_jax.benchmarks import input_pipeline
 
@@ -130,6 +150,21 @@ def _run(args: argparse.Namespace) -> None:
     name += f", {args.model}"
     rows = _on_tree(args)
   timing.report(name, rows, args.output)
+
+
+def _config(args: argparse.Namespace, networks: int) -> config_lib.Config:
+  """What `networks` trains."""
+  return config_lib.Config(
+    dataset="cifar100",
+    model=args.model,
+    width=args.width,
+    sparsity=args.sparsity,
+    batch_size=args.batch_size,
+    precision=args.precision,
+    update_every=100,
+    networks=networks,
+    devices=args.devices if networks > 1 else 1,
+  )
 
 
 def _on_tree(args: argparse.Namespace) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Residual networks with batch normalisation, by name.
+"""Networks with batch normalisation, by name.
 
 This module loads Flax only when a network is made, so that a command can check
 a name first.
@@ -11,6 +11,7 @@ import typing
 if typing.TYPE_CHECKING:
   from jax.typing import DTypeLike
 
+  from sparseopt_jax.models.perceptron import Perceptron
   from sparseopt_jax.models.resnet import ResNet
 
 # Blocks in each of the three stages of the CIFAR family: depth 6n + 2.
@@ -23,7 +24,7 @@ _BLOCKS = {
   "resnet56": 9,
   "resnet110": 18,
 }
-NAMES = (*_BLOCKS, "resnet50")
+NAMES = (*_BLOCKS, "resnet50", "perceptron")
 
 
 def create(
@@ -33,15 +34,16 @@ def create(
   width: int | None = None,
   dtype: DTypeLike = "float32",
   axis_name: str | None = None,
-) -> ResNet:
+) -> ResNet | Perceptron:
   """Makes a network from its name.
 
   Args:
     name: One of `NAMES`: resnet8 to resnet110 for small images (CIFAR,
-      Fashion-MNIST, digits), resnet50 for ImageNet.
+      Fashion-MNIST, digits), resnet50 for ImageNet; perceptron with one hidden
+      layer for small images.
     num_classes: Number of classes.
-    width: Channels of the first stage; by default 16 for small images and 64
-      for resnet50.
+    width: Channels of the first stage, by default 16 for small images and 64
+      for resnet50; hidden neurons of the perceptron, by default 256.
     dtype: What to compute in. Parameters and batch statistics are float32 in
       any case, the logits at least float32.
     axis_name: The mapped axis (of `pmap` or `vmap`) over which batch
@@ -70,6 +72,10 @@ def create(
     raise ValueError(f"num_classes must be positive, got {num_classes}")
   if width is not None and width < 1:
     raise ValueError(f"width must be positive, got {width}")
+  if name == "perceptron":
+    from sparseopt_jax.models.perceptron import Perceptron
+
+    return Perceptron(num_classes, width or 256, dtype, axis_name)
   from sparseopt_jax.models import resnet
 
   if name == "resnet50":

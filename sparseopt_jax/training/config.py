@@ -46,9 +46,9 @@ class Config:
   image_size: int | None = None
   """Height and width of the images, for imagenet2012 only [224]."""
   model: str = "resnet8"
-  """The network: resnet8, resnet20, resnet50, ..."""
+  """The network: resnet8, resnet20, resnet50, perceptron, ..."""
   width: int | None = None
-  """Channels of the network's first stage [the model's own]."""
+  """Channels of the first stage, or hidden neurons [the model's own]."""
   sparsity: float = 0.9
   """Fraction of zeros over the sparse layers, in [0, 1)."""
   topology: Literal["rigl", "set", "static", "dense"] = "rigl"

@@ -1,0 +1,93 @@
+"""Training of many networks in one program, against one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparseopt_jax.benchmarks import input_pipeline
+from sparseopt_jax.benchmarks import timing
+from sparseopt_jax.training import build
+from sparseopt_jax.training import feed
+from sparseopt_jax.training import runtime
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
+
+
+def run(
+  configs: Sequence[Config], repeats: int, steps: int
+) -> dict[str, dict[str, Any]]:
+  """Images a second of all networks together, for each number of them.
+
+  `times_one` is the ratio to one network, which N runs one after the other
+  have too; its quartiles are over rounds, in which all numbers take turns.
+
+  Args:
+    configs: What to train; they differ in nothing but `networks`, and one of
+      them has one.
+    repeats: Rounds of measurement.
+    steps: Steps between mask updates that one call takes.
+  """
+  rows: dict[str, dict[str, Any]] = {}
+  calls, states = {}, {}
+  for config in configs:
+    name = str(config.networks)
+    calls[name], state = _program(config, steps)
+    start = time.perf_counter()
+    states[name] = jax.block_until_ready(calls[name](state))
+    rows[name] = {
+      "first_call_seconds": time.perf_counter() - start,
+      "state_megabytes": _size(states[name]) / 1e6,
+      "peak_megabytes": _peak(),
+    }
+  times = timing.interleave(calls, states, repeats=repeats, calls=1)
+  images = steps * configs[0].batch_size
+  for name, row in rows.items():
+    speed = int(name) * images / times[name].wall
+    ratio = speed / (images / times["1"].wall)
+    low, middle, high = np.percentile(ratio, [25, 50, 75])
+    row["images_per_second"] = float(np.median(speed))
+    row["times_one"] = float(middle)
+    row["times_one_quartiles"] = [float(low), float(high)]
+    row["cpu_ms_a_step"] = 1e3 * float(
+      np.median(times[name].cpu) / (steps * int(name))
+    )
+  return rows
+
+
+def _program(config: Config, steps: int) -> tuple[Callable[[Any], Any], Any]:
+  """A function from a state to the one some steps later, and the first."""
+  layout = build.devices(config)
+  source = input_pipeline.small_images()
+  task, create = build.task_on(source, config, layout)
+  first = runtime.quick_jit(create)
+  seeds = range(config.networks)
+  state = layout.put(layout.joined([first(np.uint32(seed)) for seed in seeds]))
+  resident = feed.Resident(source, layout, seeds, config.batch_size)
+  examples, _, most = resident.train(0)
+  if steps > most:
+    raise UsageError(
+      f"--steps must be at most {most}, those of an epoch, got {steps}"
+    )
+  program = layout.compile_train(task)
+
+  def call(state: Any) -> Any:
+    state, _ = program(state, examples, np.int32(0), np.int32(steps), False)
+    return state
+
+  return call, state
+
+
+def _size(tree: Any) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def _peak() -> float | None:
+  """The most that the first device has held so far; a CPU does not tell."""
+  found = jax.devices()[0].memory_stats() or {}
+  peak = found.get("peak_bytes_in_use")
+  return None if peak is None else peak / 1e6
