@@ -292,6 +292,43 @@ def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
   assert trained["platform"] == "cpu"
 
 
+def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
+  def add_flags(parser):
+    cells.add_training(parser)
+
+  words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
+  args = arguments(add_flags, "out", *words)
+  args.model, args.width = "perceptron", 8
+
+  def of(*seeds):
+    found = [
+      cells.config(args, "static-90", cells.BASELINE, 1, 0.1, seed)
+      for seed in seeds
+    ]
+    return {cells.name(config): config for config in found}
+
+  together, alone = tmp_path / "together", tmp_path / "alone"
+  stem = "static-90-off-1epochs-lr0.1-seed"
+  runs = grid.run(of(0, 1, 3), together, 1)
+  assert list(runs) == [f"{stem}{seed}" for seed in (0, 1, 3)]
+  assert sorted(p.name for p in together.iterdir() if p.is_dir()) == [
+    f"{stem}3",
+    f"{stem}s0-1",
+  ]
+  (run,) = grid.run(of(1), alone, 1).values()
+  assert run.flags == runs[f"{stem}1"].flags
+  for figure in ("train_loss", "test_accuracy"):
+    expected = pytest.approx(run.lines[-1][figure], rel=1e-4)
+    assert runs[f"{stem}1"].lines[-1][figure] == expected
+  assert len(grid.trained_on(together, runs)) == 1
+  # More seeds: those that are there stay.
+  more = grid.run(of(0, 1, 2, 3), together, 1)
+  assert len(more) == 4
+  assert {name: more[name] for name in runs} == runs
+  forbid_training(monkeypatch)
+  assert grid.run(of(0, 1, 2, 3), together, 1) == more
+
+
 def test_runs_of_another_optimiser_are_refused(tmp_path):
   config = dataclasses.replace(CONFIG, correction="off")
   leave(tmp_path / "one", config, [0.5])
@@ -428,7 +465,7 @@ def params():
 
 def create(factory, params, **changes):
   config = dataclasses.replace(CONFIG, **changes)
-  return factory(config, params, 100, CORRECTED)
+  return factory(config, params, 100, CORRECTED, 0)
 
 
 def first_update(tx, params):

@@ -177,7 +177,7 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
     "--jobs",
     type=int,
     default=1,
-    help="runs to train at a time (default: %(default)s)",
+    help="programs to train at a time (default: %(default)s)",
   )
   found.add_argument(
     "--report", action="store_true", help="train nothing; report what is there"

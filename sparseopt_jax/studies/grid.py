@@ -1,19 +1,22 @@
-"""Many runs of the trainer, each in a folder of its own, a few at a time.
+"""Many runs of the trainer, a few at a time.
 
-A run that is done is never done again, one that was stopped goes on from its
-last checkpoint, and the order does not matter: the folders are all there is.
+Runs that differ in nothing but the seed are the networks of one program. A run
+that is done is never done again, one that was stopped goes on from its last
+checkpoint, and the order does not matter: the folders are all there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
+import re
 import shlex
 import signal
 import traceback
@@ -46,10 +49,11 @@ def run(
   """Trains what is not there yet.
 
   Args:
-    cells: {name of the folder: what to train in it}.
+    cells: {name: what to train}. Where it says `seedK`, and others are named
+      alike, they are trained together.
     folder: Of all the runs.
-    jobs: How many to train at a time, each in a process of its own; 0 trains
-      none.
+    jobs: How many programs to train at a time, each in a process of its own;
+      0 trains none.
     factories: The optimisers of runs whose flags do not tell theirs, by name.
 
   Returns:
@@ -60,16 +64,64 @@ def run(
     RunError: A run failed.
     signals.Interrupted: A signal came; the same command goes on from there.
   """
-  open_cells = {
-    name: _placed(config, folder / name)
-    for name, config in cells.items()
-    if not is_complete(config, folder / name, factories.get(name))
-  }
-  if open_cells and jobs:
-    report.make(folder)
-    print(f"{len(cells) - len(open_cells)} of {len(cells)} runs are there")
-    _train_all(open_cells, jobs, factories)
+  found = collect(cells, folder, factories)
+  missing = {name: cells[name] for name in cells if name not in found}
+  if not missing or not jobs:
+    return found
+  report.make(folder)
+  print(f"{len(found)} of {len(cells)} runs are there")
+  together, makers = {}, {}
+  for names in _groups(missing):
+    config = _joined([missing[name] for name in names])
+    name = _joined_name(names[0], config)
+    together[name] = _placed(config, folder / name)
+    if names[0] in factories:
+      makers[name] = factories[names[0]]
+  _train_all(together, jobs, makers)
   return collect(cells, folder, factories)
+
+
+def _groups(cells: Mapping[str, Config]) -> list[list[str]]:
+  """Names of runs to train together: alike, of consecutive seeds."""
+  groups: list[list[str]] = []
+  last: dict[str, tuple[int, list[str]]] = {}
+  for name, config in sorted(cells.items(), key=lambda item: item[1].seed):
+    kind = name.replace(f"seed{config.seed}", "seed")
+    seed, group = last.get(kind, (-1, []))
+    if kind == name or seed + 1 != config.seed or not group:
+      groups.append(group := [])
+    group.append(name)
+    last[kind] = config.seed, group
+  order = list(cells)
+  return sorted(groups, key=lambda group: order.index(group[0]))
+
+
+def _joined(configs: Sequence[Config]) -> Config:
+  return dataclasses.replace(configs[0], networks=len(configs))
+
+
+def _joined_name(name: str, config: Config) -> str:
+  """`seed0` becomes `seeds0-4`."""
+  if config.networks == 1:
+    return name
+  last = config.seed + config.networks - 1
+  return name.replace(f"seed{config.seed}", f"seeds{config.seed}-{last}")
+
+
+def _places(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+  """Where a run may lie: by itself, or among the networks of another."""
+  found = [folder / name]
+  before, is_named, rest = name.partition("seed")
+  if is_named:
+    seed = "".join(itertools.takewhile(str.isdecimal, rest))
+    after = re.escape(rest.removeprefix(seed))
+    alike = re.compile(rf"{re.escape(before)}seeds\d+-\d+{after}")
+    found += [
+      path
+      for path in sorted(folder.glob(f"*/seed-{seed}"))
+      if alike.fullmatch(path.parent.name)
+    ]
+  return found
 
 
 def collect(
@@ -78,11 +130,13 @@ def collect(
   factories: Mapping[str, Factory] = _NONE,
 ) -> dict[str, compare.Run]:
   """The runs that are complete, by name."""
-  return {
-    name: compare.read(folder / name)
-    for name, config in cells.items()
-    if is_complete(config, folder / name, factories.get(name))
-  }
+  found = {}
+  for name, config in cells.items():
+    for path in _places(folder, name):
+      if is_complete(config, path, factories.get(name)):
+        found[name] = compare.read(path)
+        break
+  return found
 
 
 def is_complete(
@@ -181,14 +235,16 @@ def _train(config: Config, factory: Factory | None) -> str:
       return "not begun"
     try:
       command = _command(config, factory)
-      (summary,) = train.train(config, stop, command, factory)
+      summaries = train.train(config, stop, command, factory)
     except signals.Interrupted as end:
       _stopped = True
       return str(end)
     except Exception:
       traceback.print_exc()
       raise
-  return f"{summary['test_accuracy']:.2%} in {summary['seconds']:.0f} s"
+  from sparseopt_jax.training import telling
+
+  return telling.result_line(summaries)
 
 
 def _command(config: Config, factory: Factory | None) -> str:
@@ -223,7 +279,8 @@ def trained_on(
   """Devices and versions that these complete runs have come from."""
   found: list[dict[str, Any]] = []
   for name in names:
-    summary = json.loads((folder / name / folder_lib.SUMMARY).read_text())
+    files = [path / folder_lib.SUMMARY for path in _places(folder, name)]
+    summary = json.loads(next(filter(pathlib.Path.is_file, files)).read_text())
     one = {key: summary[key] for key in ("device", "platform", "versions")}
     if one not in found:
       found.append(one)
