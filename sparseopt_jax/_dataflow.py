@@ -21,6 +21,7 @@ from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+import jax.numpy as jnp
 
 from sparseopt_jax import _paths
 from sparseopt_jax._numbers import check_type
@@ -204,7 +205,7 @@ def _kernels(params: Any) -> Iterable[_Value]:
   """What is known of a module's parameters, in the order of the leaves."""
   pairs = zip(_paths.names(params), jax.tree.leaves(params), strict=True)
   for path, leaf in pairs:
-    yield _Value(False, frozenset({path} if leaf.ndim > 1 else ()))
+    yield _Value(False, frozenset({path} if jnp.ndim(leaf) > 1 else ()))
 
 
 class _Walk:

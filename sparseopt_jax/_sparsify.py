@@ -63,7 +63,7 @@ def sparsify(
   distribution: Any = "erk",
   sparse: Any = None,
   masks: Any = None,
-  output_axis: Any = -1,
+  output_axis: Any = None,
   stacked: Any = 0,
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:

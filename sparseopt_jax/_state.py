@@ -108,7 +108,8 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
   Returns:
     The parameters' structure with a bool array in the shape of each sparse
     leaf, true where a weight is active, and ``optax.MaskedNode()`` for the
-    others. ``sparsify(..., masks=...)`` starts from it.
+    others. ``sparsify(..., masks=...)`` starts from it. In NNX a state of
+    variables, which later training does not change.
 
   Raises:
     ValueError: If the state holds no SparseOptState.
@@ -125,7 +126,9 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
     2 MaskedNode()
   """
   states = find_states(opt_state, stacks=True)
-  return functools.reduce(_merge, [state.masks for state in states])
+  masks = functools.reduce(_merge, [state.masks for state in states])
+  # New containers: NNX would write the masks of the next step into the old.
+  return jax.tree.map(lambda mask: mask, masks)
 
 
 def _merge(one: Any, other: Any) -> Any:

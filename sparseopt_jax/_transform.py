@@ -98,7 +98,7 @@ def sparseopt(
   distribution: Any = "erk",
   sparse: Any = None,
   masks: Any = None,
-  output_axis: Any = -1,
+  output_axis: Any = None,
   stacked: Any = 0,
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -160,7 +160,10 @@ def sparseopt(
       returns. A leaf with ``optax.MaskedNode()`` stays dense; for leaves left
       out, ``sparse`` decides, and masks are drawn.
     output_axis: The neuron axis of a layer's weights, a tuple of them, or a
-      function of path and leaf that returns either. -1 for Flax, 0 for Equinox.
+      function of path and leaf that returns either. By default that of Flax and
+      Haiku: the last, but (-2, -1) of a leaf of three axes whose path ends as
+      in Flax's attention, 'query/kernel', 'key/kernel' or 'value/kernel'. 0 for
+      Equinox.
     stacked: How many leading axes of a leaf enumerate layers, as ``nn.scan``
       makes them: an int, a pytree or prefix of ints, or a function of path and
       leaf. Each slice is a layer of its own: its own share of the active
