@@ -20,6 +20,11 @@ class SparseOptState(NamedTuple):
   place of dense leaves. Tuples have an entry for each sparse leaf. They stand
   outside that structure, so that a layout of the parameters never falls on
   arrays of another shape.
+
+  ``optax.tree.map_params`` takes ``masks`` and ``explored`` for parameters, so
+  that layouts reach them. A function that resets slots, such as
+  ``jnp.zeros_like``, would empty the masks: see
+  :class:`sparseopt_jax.SparsifyState`.
   """
 
   # shape=(), dtype=jnp.int32; calls of update so far
@@ -148,6 +153,10 @@ def apply_masks(params: optax.Params, opt_state: optax.OptState) -> Any:
   the bare link, without :func:`sparseopt_jax.sparsify` around the optimiser,
   call it after each ``optax.apply_updates`` as well; right after a mask update
   it also puts the grown weights to 0, which leftover momentum may have moved.
+
+  In NNX, ``nnx.update(model, apply_masks(nnx.state(model, nnx.Param),
+  optimizer.opt_state))``. In Equinox, ``model = apply_masks(model,
+  opt_state)``: what has no mask is left alone.
 
   Args:
     params: Parameters. Masks are matched by path, so a container of another

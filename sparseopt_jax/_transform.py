@@ -146,10 +146,11 @@ def sparseopt(
       :class:`sparseopt_jax.Topology` of one's own.
     corrected: Which of the sparse leaves get the correction: ``True`` for all,
       ``False`` for none (plain RigL, SET or static training), a pytree of bools
-      or a prefix of one, or a function of a path such as ``'Conv_0/kernel'``
-      and the leaf. It is meant for layers whose output goes straight into batch
-      normalisation, which
-      :func:`sparseopt_jax.inspection.batch_normalized` finds.
+      or a prefix of one, or a function of a path, such as ``'Conv_0/kernel'``
+      (linen), ``'layers/0/conv/kernel'`` (NNX) or ``'linear/w'`` (Haiku), and
+      the leaf. It is meant for layers whose output goes straight into batch
+      normalisation, which :func:`sparseopt_jax.inspection.batch_normalized`
+      finds for linen and NNX.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
       and the sparsity that returns ``{path: density}``.
     sparse: Which leaves get a mask, in the same forms. By default kernels:
@@ -168,7 +169,8 @@ def sparseopt(
       makes them: an int, a pytree or prefix of ints, or a function of path and
       leaf. Each slice is a layer of its own: its own share of the active
       weights, its own neurons, its own selection.
-    seed: An int or a key, traced or not.
+    seed: An int or a key, traced or not: under ``jax.vmap`` one for each
+      network.
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a
