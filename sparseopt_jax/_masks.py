@@ -59,7 +59,7 @@ def plan(params: optax.Params, options: Options) -> list[Layer]:
     value, stack = values[name], stacks[i]
     ndim = jnp.ndim(value) - stack
     named = axis(name, value) if callable(axis) else axis
-    if named is None:
+    if axis is None:
       named = (-2, -1) if ndim == 3 and _HEADS.search(name) else -1
     axes = _correction.input_axes(ndim, named, name)
     axes = tuple(stack + axis for axis in axes)

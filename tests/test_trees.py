@@ -348,8 +348,6 @@ def test_the_neurons_of_flax_attention(kind):
   [
     ("query/kernel", (8, 2, 3), 0, None, (1, 2, 3)),
     ("att/key/kernel", (4, 8, 2, 3), 1, None, (4, 1, 2, 3)),
-    # A function may leave it to the default.
-    ("value/kernel", (8, 2, 3), 0, lambda path, leaf: None, (1, 2, 3)),
     # Who names an axis gets it.
     ("query/kernel", (8, 2, 3), 0, -1, (1, 1, 3)),
     # Heads in one axis, two-dimensional convolutions, and other names.
