@@ -26,10 +26,10 @@ def normalizations(
   pre-activation network), a ReLU or a pooling before the normalisation means
   "none". So does an output that goes several ways which do not all begin with
   the same kind of normalisation, one that a `lax.scan` carries on, and any
-  normalisation other than Flax's `BatchNorm`, `LayerNorm` and `GroupNorm`, of
-  linen or NNX, and their subclasses (in NNX, those that call their method). It
-  is not checked that batch norm's features are the kernel's neurons, as they
-  are unless a reshape or transposition mixes them.
+  normalisation other than Flax's `BatchNorm`, `LayerNorm` and `GroupNorm` and
+  their subclasses (in NNX, those that use the inherited `__call__`). It is not
+  checked that batch norm's features are the kernel's neurons, as they are
+  unless a reshape or transposition mixes them.
 
   Nothing is computed: `jax.ShapeDtypeStruct` will do for arrays.
 
