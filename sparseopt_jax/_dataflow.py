@@ -9,23 +9,39 @@ kernel in it, and what its output goes into first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import dataclasses
 import math
+import threading
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+import jax.numpy as jnp
+
+from sparseopt_jax import _paths
+from sparseopt_jax._numbers import check_type
 
 NONE = "none"
-_KINDS: dict[type[nn.Module], str] = {
+_LINEN_KINDS = {
   nn.BatchNorm: "batch_norm",
   nn.LayerNorm: "layer_norm",
   nn.GroupNorm: "group_norm",
 }
+_NNX_KINDS: dict[Any, str] = {
+  nnx.BatchNorm: "batch_norm",
+  nnx.LayerNorm: "layer_norm",
+  nnx.GroupNorm: "group_norm",
+}
 _MARK = "sparseopt_jax/"
+_is_marking = jax.make_user_context(default_value=False)
+_lock = threading.RLock()
+
+Module = nn.Module | nnx.Module
 
 # Operations that only move, repeat or cast numbers.
 _MOVES = {
@@ -75,12 +91,12 @@ class _Value(NamedTuple):
 
 
 def products(
-  module: nn.Module, inputs: Sequence[Any], kwargs: dict[str, Any]
+  module: Module, inputs: Sequence[Any], kwargs: dict[str, Any]
 ) -> list[Product]:
-  """Finds the products of `module.apply(variables, *inputs, **kwargs)`.
+  """Finds the products in a call of a module.
 
   Args:
-    module: A Flax module, not bound.
+    module: A Flax module: of linen, not bound, or of NNX.
     inputs: Its inputs; `jax.ShapeDtypeStruct` will do for arrays.
     kwargs: Its keyword arguments.
 
@@ -89,13 +105,12 @@ def products(
     `lax.cond` are not found, and of a `lax.while_loop` at most one round is.
 
   Raises:
-    TypeError: If `module` is not a Flax (linen) module.
+    TypeError: If `module` is not a Flax module.
   """
-  if not isinstance(module, nn.Module):
-    raise TypeError(f"module must be a flax.linen.Module, got {module!r}")
+  is_module = isinstance(module, nn.Module | nnx.Module)
+  check_type(is_module, "module must be a Flax module, linen or NNX", module)
   leaves, structure = jax.tree.flatten((tuple(inputs), kwargs))
   arrays = [leaf for leaf in leaves if hasattr(leaf, "shape")]
-  rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
 
   def fill(arrays: Sequence[jax.Array]) -> tuple[tuple[Any], dict[str, Any]]:
     values = iter(arrays)
@@ -103,46 +118,94 @@ def products(
       structure, [next(values) if hasattr(x, "shape") else x for x in leaves]
     )
 
-  def init(arrays: Sequence[jax.Array]) -> Any:
-    args, kwargs = fill(arrays)
-    return nn.meta.unbox(module.init(rngs, *args, **kwargs))
-
-  def apply(variables: Any, arrays: Sequence[jax.Array]) -> Any:
-    args, kwargs = fill(arrays)
-    return module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)[0]
-
-  variables = jax.eval_shape(init, arrays)
-  with nn.intercept_methods(_mark_normalization):
-    program = jax.make_jaxpr(apply)(variables, arrays)
+  if isinstance(module, nnx.Module):
+    call, params, others = _nnx_function(module, fill)
+  else:
+    call, params, others = _linen_function(module, fill, arrays)
+  with _marked_normalizations():
+    program = jax.make_jaxpr(call)(params, others, arrays)
   walk = _Walk()
-  known = [*_variables(variables), *([_Value(True)] * len(arrays))]
+  known = [*_kernels(params), *([_Value(False)] * len(jax.tree.leaves(others)))]
+  known += [_Value(True)] * len(arrays)
   walk.use(walk.run(program.jaxpr, known, 1), NONE)
   return walk.products
 
 
-def _mark_normalization(
+def _linen_function(
+  module: nn.Module, fill: Any, arrays: Sequence[Any]
+) -> tuple[Any, Any, Any]:
+  """A function of parameters, other variables and inputs, and the former."""
+  rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+
+  def init(arrays: Sequence[jax.Array]) -> Any:
+    args, kwargs = fill(arrays)
+    return nn.meta.unbox(module.init(rngs, *args, **kwargs))
+
+  def call(params: Any, others: Any, arrays: Sequence[jax.Array]) -> Any:
+    args, kwargs = fill(arrays)
+    variables = {"params": params, **others}
+    return module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)[0]
+
+  others = dict(jax.eval_shape(init, arrays))
+  return call, others.pop("params", {}), others
+
+
+def _nnx_function(module: nnx.Module, fill: Any) -> tuple[Any, Any, Any]:
+  """The same for a module that holds its variables; they are not changed."""
+  graph, *states = nnx.split(module, nnx.Param, ...)
+  params, others = states
+
+  def call(params: Any, others: Any, arrays: Sequence[jax.Array]) -> Any:
+    args, kwargs = fill(arrays)
+    return nnx.merge(graph, params, others)(*args, **kwargs)
+
+  return call, params, others
+
+
+@contextlib.contextmanager
+def _marked_normalizations() -> Iterator[None]:
+  """Marks the inputs of all normalisation modules that are called.
+
+  Linen has interceptors for that; of NNX, the methods are replaced meanwhile.
+  Nothing that was traced outside of this context, without marks, is used in it.
+  """
+
+  def marked(kind: str, method: Any) -> Any:
+    return lambda self, *args, **kwargs: method(
+      self, *_mark(kind, args), **_mark(kind, kwargs)
+    )
+
+  with _lock, _is_marking(True), nn.intercept_methods(_intercept):
+    methods = {module: module.__call__ for module in _NNX_KINDS}
+    try:
+      for module, kind in _NNX_KINDS.items():
+        module.__call__ = marked(kind, methods[module])
+      yield
+    finally:
+      for module, method in methods.items():
+        module.__call__ = method
+
+
+def _intercept(
   call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-  kinds = [k for t, k in _KINDS.items() if isinstance(context.module, t)]
-  if not kinds or context.method_name != "__call__":
-    return call(*args, **kwargs)
-
-  def mark(leaf: Any) -> Any:
-    if isinstance(leaf, jax.Array):
-      return checkpoint_name(leaf, _MARK + kinds[0])
-    return leaf
-
-  args, kwargs = jax.tree.map(mark, (args, kwargs))
+  if context.method_name == "__call__":
+    for module, kind in _LINEN_KINDS.items():
+      if isinstance(context.module, module):
+        return call(*_mark(kind, args), **_mark(kind, kwargs))
   return call(*args, **kwargs)
 
 
-def _variables(variables: Any) -> Iterable[_Value]:
-  """What is known of a module's variables, in the order of the leaves."""
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    path = jax.tree_util.keystr(keys, simple=True, separator="/")
-    collection, _, path = path.partition("/")
-    is_kernel = collection == "params" and leaf.ndim > 1
-    yield _Value(False, frozenset({path} if is_kernel else ()))
+def _mark(kind: str, tree: Any) -> Any:
+  one = lambda x: checkpoint_name(x, _MARK + kind)
+  return jax.tree.map(lambda x: one(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def _kernels(params: Any) -> Iterable[_Value]:
+  """What is known of a module's parameters, in the order of the leaves."""
+  pairs = zip(_paths.names(params), jax.tree.leaves(params), strict=True)
+  for path, leaf in pairs:
+    yield _Value(False, frozenset({path} if jnp.ndim(leaf) > 1 else ()))
 
 
 class _Walk:

@@ -24,6 +24,8 @@ _TABLE = {"embed", "embedding", "embeddings", "emb", "wte", "wpe"}
 _TOKENS = {"cls", "token", "tokens", "probe", "pos", "position", "posemb"}
 _SHIFTS = {"bias", "biases", "scale", "scales", "offset", "offsets"}
 _NOT_A_KERNEL = _TABLE | _TOKENS | _SHIFTS
+# Flax's attention: of three axes, the last two are heads and their features.
+_HEADS = re.compile("(^|/)(query|key|value)/kernel$")
 
 
 class Options(NamedTuple):
@@ -39,7 +41,7 @@ class Options(NamedTuple):
   stacked: Any
   corrected: Any = False
   masks: Any = None
-  output_axis: Any = -1
+  output_axis: Any = None
 
 
 def plan(params: optax.Params, options: Options) -> list[Layer]:
@@ -55,8 +57,11 @@ def plan(params: optax.Params, options: Options) -> list[Layer]:
   layers = []
   for i, name in _choose(options.sparse, given, params, stacks):
     value, stack = values[name], stacks[i]
+    ndim = jnp.ndim(value) - stack
     named = axis(name, value) if callable(axis) else axis
-    axes = _correction.input_axes(jnp.ndim(value) - stack, named, name)
+    if axis is None:
+      named = (-2, -1) if ndim == 3 and _HEADS.search(name) else -1
+    axes = _correction.input_axes(ndim, named, name)
     axes = tuple(stack + axis for axis in axes)
     target = np.zeros(jnp.shape(value)[:stack], np.int32)
     static = (name, i, stack, axes, target, bool(scaled[i]))

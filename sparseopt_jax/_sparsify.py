@@ -17,7 +17,23 @@ from sparseopt_jax._topology import Static, Topology
 
 
 class SparsifyState(NamedTuple):
-  """State of :func:`sparseopt_jax.sparsify`."""
+  """State of :func:`sparseopt_jax.sparsify`.
+
+  Examples:
+
+    A restart of the optimiser that keeps the masks.
+    ``optax.tree.map_params(tx, jnp.zeros_like, opt_state)`` would empty them.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import sparseopt_jax
+    >>> inner = optax.adam(1e-3)
+    >>> tx = sparseopt_jax.sparsify(inner, 0.75, corrected=False)
+    >>> params = {'kernel': jnp.ones((8, 4))}
+    >>> opt_state = tx.init(params)
+    >>> params = sparseopt_jax.apply_masks(params, opt_state)
+    >>> opt_state = opt_state._replace(inner=inner.init(params))
+  """
 
   link: SparseOptState  # masks and factors
   inner: optax.OptState  # of the optimiser
@@ -63,7 +79,7 @@ def sparsify(
   distribution: Any = "erk",
   sparse: Any = None,
   masks: Any = None,
-  output_axis: Any = -1,
+  output_axis: Any = None,
   stacked: Any = 0,
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,6 +163,18 @@ def sparsify(
     >>> params = optax.apply_updates(params, updates)
     >>> print(jnp.count_nonzero(params['kernel']))
     8
+
+    Networks of several seeds in one program, as in reinforcement learning, each
+    with its own masks:
+
+    >>> def init(key):
+    ...   tx = sparseopt_jax.sparsify(
+    ...     optax.adam(1e-3), 0.75, corrected=False, seed=key
+    ...   )
+    ...   return tx.init(params)
+    >>> opt_states = jax.vmap(init)(jax.random.split(jax.random.key(0), 5))
+    >>> print(sparseopt_jax.get_masks(opt_states)['kernel'].shape)
+    (5, 8, 4)
 
   References:
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in

@@ -20,6 +20,11 @@ class SparseOptState(NamedTuple):
   place of dense leaves. Tuples have an entry for each sparse leaf. They stand
   outside that structure, so that a layout of the parameters never falls on
   arrays of another shape.
+
+  ``optax.tree.map_params`` takes ``masks`` and ``explored`` for parameters, so
+  that layouts reach them. A function that resets slots, such as
+  ``jnp.zeros_like``, would empty the masks: see
+  :class:`sparseopt_jax.SparsifyState`.
   """
 
   # shape=(), dtype=jnp.int32; calls of update so far
@@ -108,7 +113,8 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
   Returns:
     The parameters' structure with a bool array in the shape of each sparse
     leaf, true where a weight is active, and ``optax.MaskedNode()`` for the
-    others. ``sparsify(..., masks=...)`` starts from it.
+    others. ``sparsify(..., masks=...)`` starts from it. In NNX a state of
+    variables, which later training does not change.
 
   Raises:
     ValueError: If the state holds no SparseOptState.
@@ -125,7 +131,9 @@ def get_masks(opt_state: optax.OptState) -> optax.Params:
     2 MaskedNode()
   """
   states = find_states(opt_state, stacks=True)
-  return functools.reduce(_merge, [state.masks for state in states])
+  masks = functools.reduce(_merge, [state.masks for state in states])
+  # New containers: NNX would write the masks of the next step into the old.
+  return jax.tree.map(lambda mask: mask, masks)
 
 
 def _merge(one: Any, other: Any) -> Any:
@@ -145,6 +153,10 @@ def apply_masks(params: optax.Params, opt_state: optax.OptState) -> Any:
   the bare link, without :func:`sparseopt_jax.sparsify` around the optimiser,
   call it after each ``optax.apply_updates`` as well; right after a mask update
   it also puts the grown weights to 0, which leftover momentum may have moved.
+
+  In NNX, ``nnx.update(model, apply_masks(nnx.state(model, nnx.Param),
+  optimizer.opt_state))``. In Equinox, ``model = apply_masks(model,
+  opt_state)``: what has no mask is left alone.
 
   Args:
     params: Parameters. Masks are matched by path, so a container of another

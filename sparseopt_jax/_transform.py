@@ -98,7 +98,7 @@ def sparseopt(
   distribution: Any = "erk",
   sparse: Any = None,
   masks: Any = None,
-  output_axis: Any = -1,
+  output_axis: Any = None,
   stacked: Any = 0,
   seed: Any = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -146,10 +146,11 @@ def sparseopt(
       :class:`sparseopt_jax.Topology` of one's own.
     corrected: Which of the sparse leaves get the correction: ``True`` for all,
       ``False`` for none (plain RigL, SET or static training), a pytree of bools
-      or a prefix of one, or a function of a path such as ``'Conv_0/kernel'``
-      and the leaf. It is meant for layers whose output goes straight into batch
-      normalisation, which
-      :func:`sparseopt_jax.inspection.batch_normalized` finds.
+      or a prefix of one, or a function of a path, such as ``'Conv_0/kernel'``
+      (linen), ``'layers/0/conv/kernel'`` (NNX) or ``'linear/w'`` (Haiku), and
+      the leaf. It is meant for layers whose output goes straight into batch
+      normalisation, which :func:`sparseopt_jax.inspection.batch_normalized`
+      finds for linen and NNX.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
       and the sparsity that returns ``{path: density}``.
     sparse: Which leaves get a mask, in the same forms. By default kernels:
@@ -160,12 +161,16 @@ def sparseopt(
       returns. A leaf with ``optax.MaskedNode()`` stays dense; for leaves left
       out, ``sparse`` decides, and masks are drawn.
     output_axis: The neuron axis of a layer's weights, a tuple of them, or a
-      function of path and leaf that returns either. -1 for Flax, 0 for Equinox.
+      function of path and leaf that returns either. By default that of Flax and
+      Haiku: the last, but (-2, -1) of a leaf of three axes whose path ends as
+      in Flax's attention, 'query/kernel', 'key/kernel' or 'value/kernel'. 0 for
+      Equinox.
     stacked: How many leading axes of a leaf enumerate layers, as ``nn.scan``
       makes them: an int, a pytree or prefix of ints, or a function of path and
       leaf. Each slice is a layer of its own: its own share of the active
       weights, its own neurons, its own selection.
-    seed: An int or a key, traced or not.
+    seed: An int or a key, traced or not: under ``jax.vmap`` one for each
+      network.
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a

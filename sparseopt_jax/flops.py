@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from sparseopt_jax import _dataflow
 from sparseopt_jax._numbers import check_type
 from sparseopt_jax._topology import RigL, Topology
 
 
 def forward_flops(
-  module: nn.Module,
+  module: _dataflow.Module,
   *inputs: Any,
   densities: Mapping[str, float] | None = None,
   **kwargs: Any,
@@ -40,9 +38,9 @@ def forward_flops(
   Nothing is computed: `jax.ShapeDtypeStruct` will do for arrays.
 
   Args:
-    module: A Flax (linen) module, not bound.
-    *inputs: Its inputs, as for `module.apply`. The result is for all of them:
-      take a batch of one for the operations of one example.
+    module: A Flax module, as for `sparseopt_jax.inspection.normalizations`.
+    *inputs: Its inputs. The result is for all of them: take a batch of one for
+      the operations of one example.
     densities: {path: density} of the kernels that are sparse, such as the
       result of `sparseopt_jax.erk`; the others, and all if None, are dense.
     **kwargs: The module's keyword arguments.
@@ -51,7 +49,7 @@ def forward_flops(
     The number of floating-point operations.
 
   Raises:
-    TypeError: If `module` is not a Flax (linen) module.
+    TypeError: If `module` is not a Flax module.
     ValueError: If `densities` has a path that is not a kernel of `module`, or a
       density outside [0, 1].
 
@@ -65,6 +63,10 @@ def forward_flops(
     ...   nn.Dense(10), jax.numpy.zeros((1, 50)), densities={"kernel": 0.25}
     ... )
     250.0
+    >>> from flax import nnx
+    >>> module = nnx.Linear(50, 10, rngs=nnx.Rngs(0))
+    >>> flops.forward_flops(module, jax.numpy.zeros((1, 50)))
+    1000.0
   """
   densities = densities or {}
   products = _dataflow.products(module, inputs, kwargs)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flax import linen as nn
-
 from sparseopt_jax import _dataflow
 
 
 def normalizations(
-  module: nn.Module, *inputs: Any, **kwargs: Any
+  module: _dataflow.Module, *inputs: Any, **kwargs: Any
 ) -> dict[str, str]:
   """Finds what the output of each kernel goes into first.
 
@@ -28,15 +26,17 @@ def normalizations(
   pre-activation network), a ReLU or a pooling before the normalisation means
   "none". So does an output that goes several ways which do not all begin with
   the same kind of normalisation, one that a `lax.scan` carries on, and any
-  normalisation other than `flax.linen.BatchNorm`, `LayerNorm` and `GroupNorm`
-  (and their subclasses). It is not checked that batch norm's features are the
-  kernel's neurons, as they are unless a reshape or transposition mixes them.
+  normalisation other than Flax's `BatchNorm`, `LayerNorm` and `GroupNorm` and
+  their subclasses (in NNX, those that use the inherited `__call__`). It is not
+  checked that batch norm's features are the kernel's neurons, as they are
+  unless a reshape or transposition mixes them.
 
   Nothing is computed: `jax.ShapeDtypeStruct` will do for arrays.
 
   Args:
-    module: A Flax (linen) module, not bound.
-    *inputs: Its inputs, as for `module.apply`.
+    module: A Flax module: of linen, not bound, or of NNX, which is not changed.
+      `flax.nnx.bridge` may have made it or parts of it.
+    *inputs: Its inputs, as for `module.apply` (linen) or `module` (NNX).
     **kwargs: Its keyword arguments. A module whose batch norm has an
       `axis_name` is best called as in evaluation (`train=False`), where there
       is no such axis.
@@ -44,11 +44,12 @@ def normalizations(
   Returns:
     {path: "batch_norm", "layer_norm", "group_norm" or "none"} for each
     parameter that is multiplied, as the kernel of a matrix product or a
-    convolution, with something that depends on the inputs. Kernels used only
+    convolution, with something that depends on the inputs. Paths are those of
+    the linen `params`, or of `nnx.state(module, nnx.Param)`. Kernels used only
     inside of `lax.cond` are missing; those of a `lax.while_loop` may be.
 
   Raises:
-    TypeError: If `module` is not a Flax (linen) module.
+    TypeError: If `module` is not a Flax module.
 
   Examples:
     >>> import jax
@@ -63,6 +64,19 @@ def normalizations(
     >>> kinds = inspection.normalizations(module, jax.numpy.zeros((2, 4)))
     >>> kinds
     {'layers_0/kernel': 'batch_norm', 'layers_3/kernel': 'none'}
+
+    The same in NNX:
+
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> module = nnx.Sequential(
+    ...   nnx.Linear(4, 8, rngs=rngs),
+    ...   nnx.BatchNorm(8, rngs=rngs),
+    ...   nnx.relu,
+    ...   nnx.Linear(8, 3, rngs=rngs),
+    ... )
+    >>> inspection.normalizations(module, jax.numpy.zeros((2, 4)))
+    {'layers/0/kernel': 'batch_norm', 'layers/3/kernel': 'none'}
   """
   uses: dict[str, set[str]] = {}
   for product in _dataflow.products(module, inputs, kwargs):
@@ -91,7 +105,7 @@ class BatchNormalized:
 
 
 def batch_normalized(
-  module: nn.Module, *inputs: Any, **kwargs: Any
+  module: _dataflow.Module, *inputs: Any, **kwargs: Any
 ) -> BatchNormalized:
   """The kernels to correct: those whose output goes into batch norm first.
 
@@ -106,7 +120,7 @@ def batch_normalized(
     calls "batch_norm". Where there are none, both raise a ValueError.
 
   Raises:
-    TypeError: If `module` is not a Flax (linen) module.
+    TypeError: If `module` is not a Flax module.
 
   Examples:
     >>> import jax
@@ -126,6 +140,21 @@ def batch_normalized(
     BatchNormalized(paths=('layers_0/kernel',))
     >>> tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=corrected)
     >>> opt_state = tx.init(module.init(jax.random.key(0), x)['params'])
+
+    In NNX, ``nnx.Optimizer`` takes it from there; once, before training, the
+    parameters get their zeros:
+
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(
+    ...   nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+    ... )
+    >>> corrected = inspection.batch_normalized(model, x)
+    >>> tx = sparseopt_jax.sparsify(optax.sgd(0.1), 0.5, corrected=corrected)
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> params = nnx.state(model, nnx.Param)
+    >>> params = sparseopt_jax.apply_masks(params, optimizer.opt_state)
+    >>> nnx.update(model, params)
   """
   kinds = normalizations(module, *inputs, **kwargs)
   return BatchNormalized(

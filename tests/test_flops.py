@@ -235,7 +235,7 @@ def test_bad_densities(densities, message):
 
 
 def test_bad_types():
-  with pytest.raises(TypeError, match=r"module must be a flax.*, got 3"):
+  with pytest.raises(TypeError, match=r"module must be a Flax module.*; got 3"):
     flops.forward_flops(3, jnp.zeros((1, 3)))
   with pytest.raises(TypeError, match=r"topology must be .* got 'rigl'"):
     flops.training_flops(1.0, 2.0, "rigl")

@@ -325,7 +325,7 @@ def test_partitioned_parameters():
 
 @pytest.mark.parametrize("search", ["normalizations", "batch_normalized"])
 def test_not_a_module(search):
-  with pytest.raises(TypeError, match=r"module must be a flax.*, got 3"):
+  with pytest.raises(TypeError, match=r"module must be a Flax module.*; got 3"):
     getattr(inspection, search)(3, VECTORS)
 
 

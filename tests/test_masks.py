@@ -206,6 +206,24 @@ def test_masks_are_matched_by_path(trained):
     np.testing.assert_array_equal(zeroed, np.where(mask, kernel, 0))
 
 
+def test_masks_of_nnx_stay_what_they_were():
+  """`nnx.Optimizer` writes each step into the variables of its state."""
+  net = _Net()
+  optimizer = nnx.Optimizer(net, _sgd(0.6, RIGL), wrt=nnx.Param)
+  params = nnx.state(net, nnx.Param)
+  before = sparseopt_jax.get_masks(optimizer.opt_state)
+  kernel = np.array(before["Dense_0"]["kernel"][...])
+  for i in range(3):
+    noise = lambda x, i=i: jnp.cos(jnp.arange(x.size) + i).reshape(x.shape)
+    optimizer.update(net, jax.tree.map(noise, params))
+  np.testing.assert_array_equal(before["Dense_0"]["kernel"][...], kernel)
+  after = sparseopt_jax.get_masks(optimizer.opt_state)
+  assert np.any(after["Dense_0"]["kernel"][...] != kernel)
+  # Another optimiser goes on from them.
+  other = nnx.Optimizer(net, _sgd(0.6, RIGL, masks=after), wrt=nnx.Param)
+  _assert_same(sparseopt_jax.get_masks(other.opt_state), after)
+
+
 def _groups():
   """Two links over different leaves, and a plain optimiser for the bias."""
   labels = {

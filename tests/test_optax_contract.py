@@ -495,6 +495,27 @@ def test_map_params_with_other_trees():
   assert not jax.tree.leaves(named.link.factors)
 
 
+def test_slots_can_be_reset_without_the_masks():
+  inner = optax.sgd(0.1, momentum=0.9)
+  tx, params = _sparsify(inner), _params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  for i in range(4):
+    updates, opt_state = tx.update(_gradients(i), opt_state, params)
+    params = optax.apply_updates(params, updates)
+  before = _masks(opt_state)
+  opt_state = opt_state._replace(inner=inner.init(params))
+  _, reset = tx.update(_gradients(4), opt_state, params)
+  for path, mask in _masks(reset).items():
+    np.testing.assert_array_equal(mask, before[path])
+  # The first step of momentum is the gradient: that of the masked weights.
+  trace = reset.inner[0].trace
+  np.testing.assert_array_equal(
+    trace["dense"]["bias"], _gradients(4)["dense"]["bias"]
+  )
+  assert not trace["dense"]["kernel"][~before["dense/kernel"]].any()
+
+
 def test_state_is_found_by_name():
   opt_state = _sparsify(optax.sgd(0.1)).init(_params())
   conv, dense = optax.tree.get(opt_state, "factors")

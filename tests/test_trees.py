@@ -169,7 +169,7 @@ def _nnx_training(tx, steps=4):
   net = _Net()
   optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
   params = nnx.state(net, nnx.Param)
-  old_masks = sparseopt_jax.get_masks(nnx.clone(optimizer).opt_state)
+  old_masks = sparseopt_jax.get_masks(optimizer.opt_state)
   nnx.update(net, sparseopt_jax.apply_masks(params, optimizer.opt_state))
   images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 6, 6, 2)), "f4")
   words = jnp.arange(5)
@@ -316,6 +316,57 @@ def test_an_axis_for_each_leaf():
       axes.get(f"{name}/kernel", -1),
     )
     np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-6)
+
+
+def _attention(kind):
+  if kind == "linen":
+    module = nn.MultiHeadDotProductAttention(num_heads=2)
+    return module.init(KEY, jnp.ones((1, 5, 6)))["params"]
+  module = nnx.MultiHeadAttention(2, 6, decode=False, rngs=nnx.Rngs(0))
+  return nnx.state(module, nnx.Param)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_the_neurons_of_flax_attention(kind):
+  """Two heads of three features from six inputs, and back."""
+  params = _attention(kind)
+  state = sparseopt_jax.sparseopt(0.5, corrected=True).init(params)
+  masks = sparseopt_jax.get_masks(state)
+  names = [path.split("/")[0] for path in _paths(masks)]
+  neurons = {"query": (2, 3), "key": (2, 3), "value": (2, 3), "out": (6,)}
+  assert sorted(names) == sorted(neurons)
+  for factor, name in zip(state.factors, names, strict=True):
+    axes = (-2, -1) if len(neurons[name]) == 2 else -1
+    assert factor.size == np.prod(neurons[name])
+    mask = np.asarray(jax.tree.leaves(masks[name]["kernel"])[0])
+    expected = oracle.factors(mask, axes)
+    np.testing.assert_allclose(np.ravel(factor), np.ravel(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "stacked", "axis", "expected"),
+  [
+    ("query/kernel", (8, 2, 3), 0, None, (1, 2, 3)),
+    ("att/key/kernel", (4, 8, 2, 3), 1, None, (4, 1, 2, 3)),
+    # Who names an axis gets it.
+    ("query/kernel", (8, 2, 3), 0, -1, (1, 1, 3)),
+    # Heads in one axis, two-dimensional convolutions, and other names.
+    ("query/kernel", (8, 6), 0, None, (1, 6)),
+    ("query/kernel", (4, 8, 6), 1, None, (4, 1, 6)),
+    ("query/kernel", (3, 3, 8, 6), 0, None, (1, 1, 1, 6)),
+    ("Conv_0/kernel", (3, 8, 6), 0, None, (1, 1, 6)),
+    ("my_query/kernel", (3, 8, 6), 0, None, (1, 1, 6)),
+    ("out/kernel", (2, 3, 8), 0, None, (1, 1, 8)),
+  ],
+)
+def test_axes_by_default(name, shape, stacked, axis, expected):
+  params: Any = jnp.ones(shape)
+  for key in reversed(name.split("/")):
+    params = {key: params}
+  link = sparseopt_jax.sparseopt(
+    0.5, corrected=True, output_axis=axis, stacked=stacked
+  )
+  assert [x.shape for x in link.init(params).factors] == [expected]
 
 
 def test_layers_of_one_shape_but_different_axes():
