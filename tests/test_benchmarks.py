@@ -152,6 +152,7 @@ def test_ratios_are_taken_round_by_round():
       "networks --networks 3 --devices 2",
       "--networks must be 1 or a multiple of --devices 2, got 3",
     ),
+    ("tensorflow", "tensorflow is missing: pip install tensorflow-cpu"),
     ("networks --steps 79", "--steps must be at most 78"),
     ("memory --repeats 3", "unrecognized arguments: --repeats 3"),
     ("memory --output none/a.json", "--output none/a.json: there is no such"),

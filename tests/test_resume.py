@@ -461,8 +461,9 @@ def _command(path, *flags):
 
 
 def _environment(devices):
+  """None of simulated devices where the command makes them itself."""
   flags = f"--xla_force_host_platform_device_count={devices}"
-  return {**os.environ, "XLA_FLAGS": flags}
+  return {**os.environ, "XLA_FLAGS": flags if devices else ""}
 
 
 def _kill_after(seconds, command, environment):
@@ -482,10 +483,12 @@ def _kill_after(seconds, command, environment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "kills"), [(1, 20), (8, 5)])
-def test_killed_at_random_moments(tmp_path, devices, kills):
-  environment = _environment(devices)
-  flags = ["--devices", str(devices)]
+@pytest.mark.parametrize(
+  ("devices", "networks", "kills"), [(1, 1, 20), (8, 1, 5), (2, 4, 5)]
+)
+def test_killed_at_random_moments(tmp_path, devices, networks, kills):
+  environment = _environment(devices if networks == 1 else 0)
+  flags = ["--devices", str(devices), "--networks", str(networks)]
   for name in ("compiling", "whole"):
     whole = tmp_path / name
     start = time.perf_counter()
@@ -504,6 +507,9 @@ def test_killed_at_random_moments(tmp_path, devices, kills):
     )
     for a, b in zip(expected, tiny.final_state(path, steps), strict=True):
       np.testing.assert_array_equal(a, b)
-    assert tiny.metrics(whole) == tiny.metrics(path)
+    for folder_of_one in [".", *(p.name for p in whole.glob("seed-*"))]:
+      if networks == 1 or folder_of_one != ".":
+        one, other = whole / folder_of_one, path / folder_of_one
+        assert tiny.metrics(one) == tiny.metrics(other)
     shutil.rmtree(path)
   assert killed > kills / 2, "most runs were to be killed before their end"

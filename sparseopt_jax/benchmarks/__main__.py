@@ -38,6 +38,7 @@ def parser() -> cli.Parser:
     ("scaling", "the mask update by number of weights and layers"),
     ("training-step", "the whole step between mask updates"),
     ("networks", "many networks in one program, against one after the other"),
+    ("tensorflow", "the trainer's step, against the same one in TensorFlow"),
     ("input", "images a second of the input, against the trainer's step"),
   ):
     command = commands.add_parser(name, help=text)
@@ -50,6 +51,11 @@ def parser() -> cli.Parser:
       _add(command, "--sizes", sizes, "numbers of weights", type=int, nargs="+")
       topologies = ["SET", "RigL"]
       _add(command, "--topology", "RigL", "how masks change", topologies)
+    elif name == "tensorflow":
+      names = ("resnet8", "resnet14", "resnet20")
+      _add(command, "--model", "resnet20", "the network", names)
+      _add(command, "--batch-size", 128, "images in a step")
+      _add(command, "--steps", 3, "steps that are timed together")
     elif name in ("training-step", "input", "networks"):
       _add(command, "--model", "resnet20", "the network", models.NAMES)
       _add(command, "--batch-size", 128, "images in a step")
@@ -133,6 +139,18 @@ def _run(args: argparse.Namespace) -> None:
       args.repeats,
       args.precision,
     )
+  elif args.command == "tensorflow":
+    from sparseopt_jax.benchmarks import tensorflow_step
+
+    name += f", {args.model}"
+    config = config_lib.Config(
+      dataset="cifar100",
+      model=args.model,
+      sparsity=args.sparsity,
+      batch_size=args.batch_size,
+      update_every=100,
+    )
+    rows = tensorflow_step.run(config, args.repeats, args.steps)
   elif args.command == "networks":
     from sparseopt_jax.benchmarks import networks
 

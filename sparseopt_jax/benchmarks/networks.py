@@ -34,9 +34,10 @@ def run(
   """
   rows: dict[str, dict[str, Any]] = {}
   calls, states = {}, {}
+  build.devices(configs[-1])  # Simulated devices are made before all else.
   for config in configs:
     name = str(config.networks)
-    calls[name], state = _program(config, steps)
+    calls[name], state = program(config, steps)
     start = time.perf_counter()
     states[name] = jax.block_until_ready(calls[name](state))
     rows[name] = {
@@ -59,8 +60,17 @@ def run(
   return rows
 
 
-def _program(config: Config, steps: int) -> tuple[Callable[[Any], Any], Any]:
-  """A function from a state to the one some steps later, and the first."""
+def program(config: Config, steps: int) -> tuple[Callable[[Any], Any], Any]:
+  """A function from a state to the one some steps later, and the first.
+
+  Args:
+    config: What to train, on noise of CIFAR's size.
+    steps: How many, all between mask updates.
+
+  Raises:
+    UsageError: More steps than an epoch has.
+  """
+  runtime.keep_pages()  # As the trainer does.
   layout = build.devices(config)
   source = input_pipeline.small_images()
   task, create = build.task_on(source, config, layout)

@@ -25,14 +25,14 @@ def prepare() -> None:
   Compiled programs are kept in JAX's persistent cache, in the folder that
   `JAX_COMPILATION_CACHE_DIR` names or else in the user's cache folder.
   """
-  _keep_pages()
+  keep_pages()
   if getattr(jax.config, _CACHE) is None:
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     folder = str(pathlib.Path(home, "sparseopt-jax", "compiled"))
     jax.config.update(_CACHE, folder)
 
 
-def _keep_pages() -> None:
+def keep_pages() -> None:
   """Lets the process keep the memory that it has freed, with glibc.
 
   XLA on a CPU allocates its temporaries anew in each step; where glibc gives
