@@ -212,7 +212,7 @@ def magnitude_masks(
 
   Args:
     params: The dense parameters.
-    sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
+    sparsity: As for :func:`sparseopt_jax.sparseopt`.
     distribution: As for :func:`sparseopt_jax.sparseopt`; it decides how many
       weights each layer keeps.
     sparse: Which leaves get a mask, as for :func:`sparseopt_jax.sparseopt`.

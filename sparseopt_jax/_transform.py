@@ -140,7 +140,8 @@ def sparseopt(
   and float32 have the range.
 
   Args:
-    sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
+    sparsity: Fraction of zeros over all sparse leaves, in [0, 1); with a dict
+      for ``distribution``, over those that it does not name.
     topology: How masks change: :class:`sparseopt_jax.Static`,
       :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`, or a
       :class:`sparseopt_jax.Topology` of one's own.
@@ -151,7 +152,11 @@ def sparseopt(
       normalisation, which
       :func:`sparseopt_jax.inspection.batch_normalized` finds.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
-      and the sparsity that returns ``{path: density}``.
+      and the sparsity that returns ``{path: density}``. Or a dict of densities
+      in (0, 1] by shell pattern, such as ``{'Conv_0/*': 1.0}``, of which the
+      first that matches a path counts. The other layers get ERK at
+      ``sparsity``, as if they were all: a layer whose density is published is
+      no part of the budget, nor is a leaf that ``sparse`` leaves dense.
     sparse: Which leaves get a mask, in the same forms. By default kernels:
       leaves of floats with two axes longer than 1, and no name of a bias, a
       scale, an offset, an embedding, or a table of positions or tokens.

@@ -88,6 +88,22 @@ def test_a_distribution_sees_each_layer_by_name():
   np.testing.assert_array_equal(active, expected)
 
 
+def test_a_dict_of_densities_names_a_leaf_or_a_layer_in_it():
+  given = {"blocks/up/kernel[3]": 0.5, "blocks/up/*": 0.25, "head/*": 1.0}
+  link = sparseopt_jax.sparseopt(
+    0.9, stacked=_rule, corrected=True, distribution=given
+  )
+  masks = sparseopt_jax.get_masks(link.init(_stacked()))
+  expected = np.full(BLOCKS, 8 * 24 // 4)
+  expected[3] = 8 * 24 // 2
+  active = np.asarray(masks["blocks"]["up"]["kernel"].sum((1, 2)))
+  np.testing.assert_array_equal(active, expected)
+  assert masks["head"]["kernel"].all()
+  # The rest is 24 layers alike, at the sparsity of the link.
+  active = np.asarray(masks["blocks"]["down"]["kernel"].sum((1, 2)))
+  np.testing.assert_array_equal(active, np.full(BLOCKS, round(0.1 * 8 * 24)))
+
+
 @pytest.mark.parametrize("large", [10, 10**7])
 def test_rigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
   """In blocks of small layers, and as large leaves of their own."""
