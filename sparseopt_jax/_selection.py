@@ -239,21 +239,27 @@ def draw(key: Array, counts: Array, shapes: Any, stacked: Any) -> list[Array]:
   return _packing.by_block(one, shapes, stacked)
 
 
-def keep_largest(values: Any, counts: Array, stacked: Any) -> list[Array]:
-  """Masks of the weights of largest magnitude; ties lose the lowest index.
+def keep_largest(
+  values: Any, masks: Any, counts: Array, stacked: Any
+) -> list[Array]:
+  """The masks without their weights of smallest magnitude.
+
+  Of equal magnitudes those of lowest row-major index go first.
 
   Args:
     values: The weights, leaf by leaf.
-    counts: The number of active weights of each layer; int32.
+    masks: Where they are active.
+    counts: The number of weights of each layer to keep, of fewer all; int32.
     stacked: How many leading axes of each leaf enumerate layers.
   """
 
-  def one(block: Block, values: Array) -> Array:
-    excess = block.sizes - block.take(counts)
-    return ~smallest(block, values, block.is_layer(), excess)
+  def one(block: Block, values: Array, mask: Array) -> Array:
+    active, _ = block.counts([mask, ~mask])
+    excess = jnp.maximum(active - block.take(counts), 0)
+    return mask & ~smallest(block, values, mask, excess)
 
   shapes = [x.shape for x in values]
-  return _packing.by_block(one, shapes, stacked, values)
+  return _packing.by_block(one, shapes, stacked, values, masks)
 
 
 def drop_and_grow(

@@ -1,8 +1,9 @@
-"""How masks change during training: the protocol, Static, SET and RigL."""
+"""How masks change during training: the protocol, and the topologies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -41,10 +42,22 @@ class Layer(NamedTuple):
     return jnp.sum(self.mask, axis=axes, dtype=jnp.int32)
 
 
+def _draw(key: Any, layers: Sequence[Layer], counts: Any) -> list[jax.Array]:
+  """Random masks with these numbers of active weights."""
+  rows = [(jnp.shape(layer.weight), layer.stacked) for layer in layers]
+  return _selection.draw(key, flat(counts), *zip(*rows, strict=True))
+
+
+def flat(counts: Iterable[np.ndarray]) -> jax.Array:
+  """Numbers of each layer, stacked ones too, in one int32 array."""
+  return jnp.asarray(np.concatenate(list(map(np.ravel, counts))))
+
+
 @runtime_checkable
 class Topology(Protocol):
   """When masks change, and to what; for topologies of one's own.
 
+  In ``init`` the link asks for `first_masks`, and then `init` for each layer.
   In a call of ``update`` the link asks, in this order: `is_due` with the count
   of the call, `observe` for each layer, and, where masks are due and all
   gradients and states are finite, `update_masks` for all layers at once. All
@@ -107,6 +120,20 @@ class Topology(Protocol):
     """
     return False
 
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """The masks to start with; by default random, of ``target`` weights each.
+
+    Args:
+      layers: The sparse leaves that no masks are given for, without mask.
+      key: From the seed; uint32 of shape (2,), as of ``jax.random.PRNGKey``.
+
+    Returns:
+      Bools in the shape of each leaf.
+    """
+    return _draw(key, layers, [layer.target for layer in layers])
+
   def update_masks(
     self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
   ) -> list[jax.Array]:
@@ -146,6 +173,13 @@ class Topology(Protocol):
       A pytree as `init` gave it.
     """
     return layer.state
+
+
+def _check_calls(name: str, value: Any, least: int) -> None:
+  """Raises unless it is an int from ``least`` on; calls are int32."""
+  check_type(is_int(value), f"{name} must be an int", value)
+  rule = f"{name} must lie in [{least}, 2**31 - 1]"
+  check(least <= value < 2**31, rule, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +238,8 @@ class SET(Topology):
   drop_fraction: float | optax.Schedule = 0.3
 
   def __post_init__(self) -> None:
-    for name, least in {"update_until": 0, "update_every": 1}.items():
-      value = getattr(self, name)
-      check_type(is_int(value), f"{name} must be an int", value)
-      # Calls are counted in int32.
-      rule = f"{name} must lie in [{least}, 2**31 - 1]"
-      check(least <= value < 2**31, rule, value)
+    _check_calls("update_until", self.update_until, 0)
+    _check_calls("update_every", self.update_every, 1)
     given = self.drop_fraction
     if not callable(given):
       rule = "drop_fraction must be a number in [0, 1], or a schedule"
@@ -306,3 +336,112 @@ class RigL(SET):
     if self.grow_from == "corrected":
       return _correction.rescale(layer.gradient, layer.factor)
     return layer.gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude(Topology):
+  r"""Gradual magnitude pruning: from dense to sparse on a cubic schedule.
+
+  On the calls whose 0-based count :math:`t` is ``begin_step`` plus a positive
+  multiple of ``update_every``, up to ``end_step``, and on that of ``end_step``
+  itself, each layer :math:`l` keeps, of its active weights, the
+
+  .. math::
+
+    n^l(t) = n^l_1 + \left\lfloor \left(\frac{t_1 - t}{t_1 - t_0}\right)^3
+    (n^l_0 - n^l_1) \right\rfloor
+
+  of largest :math:`|w|`, with :math:`t_0` and :math:`t_1` the two steps and
+  :math:`n^l_1` the number of active weights that the link's ``sparsity`` and
+  ``distribution`` give the layer. It begins with :math:`n^l_0`: the fraction
+  :math:`1 - s_0` of its weights at ``initial_sparsity`` :math:`s_0`, chosen at
+  random, or :math:`n^l_1` if that is more. So the densities of all layers, and
+  with them the sparsity of the whole, follow the one cubic, and none ever
+  rises. Of equal magnitudes those of lowest row-major index are pruned first.
+  The fraction and its products are in float32.
+
+  A pruned weight does not come back. Zhu and Gupta let the weights train on
+  behind their masks, where a large one would be admitted again. Here weights
+  outside the masks are exactly 0, of the smallest magnitude there is.
+
+  Masks that are given stay until the first update, which prunes them to its
+  counts and never beyond. If the update at ``end_step`` is skipped, since a
+  gradient is not finite, the counts stay those of the update before.
+
+  Attributes:
+    begin_step: :math:`t_0`, in calls; no update up to this call.
+    end_step: :math:`t_1`, in calls, after ``begin_step``; the last update.
+    update_every: Calls between two mask updates.
+    initial_sparsity: :math:`s_0` in [0, 1).
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.Magnitude(5_000, 30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology, corrected=True)
+
+  References:
+    Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning
+    for model compression <https://arxiv.org/abs/1710.01878>`_, 2017
+
+  .. seealso:: :func:`sparseopt_jax.magnitude_masks`
+  """
+
+  begin_step: int
+  end_step: int
+  update_every: int = 100
+  initial_sparsity: float = 0.0
+
+  def __post_init__(self) -> None:
+    _check_calls("begin_step", self.begin_step, 0)
+    _check_calls("end_step", self.end_step, self.begin_step + 1)
+    _check_calls("update_every", self.update_every, 1)
+    rule = "initial_sparsity must be a number in [0, 1)"
+    check_type(is_real(self.initial_sparsity), rule, self.initial_sparsity)
+    check(0.0 <= self.initial_sparsity < 1.0, rule, self.initial_sparsity)
+
+  def is_due(self, count: Any) -> Any:
+    """Whether the call with this 0-based count updates the masks."""
+    passed = count - self.begin_step
+    is_on = (passed > 0) & (count <= self.end_step)
+    return is_on & (
+      (passed % self.update_every == 0) | (count == self.end_step)
+    )
+
+  def first_active(self, layer: Layer) -> np.ndarray:
+    """The number of active weights to begin with; shape[:stacked], int32."""
+    size = math.prod(jnp.shape(layer.weight)[layer.stacked :])
+    return np.maximum(layer.target, round((1 - self.initial_sparsity) * size))
+
+  def num_active(
+    self, count: jax.Array, first: jax.Array, target: jax.Array
+  ) -> jax.Array:
+    """The number of active weights by the schedule; int32."""
+    # A product, since a compiler may divide in another way than by rounding.
+    rate = np.float32(1 / (self.end_step - self.begin_step))
+    left = (self.end_step - count).astype(jnp.float32) * rate
+    left = jnp.clip(left, 0.0, 1.0)
+    pruned_later = left * left * left * (first - target).astype(jnp.float32)
+    pruned_later = jnp.floor(pruned_later).astype(jnp.int32)
+    return target + jnp.minimum(pruned_later, first - target)
+
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """Random masks of ``initial_sparsity``; by default everything is active."""
+    return _draw(key, layers, map(self.first_active, layers))
+
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """Keeps the active weights of largest magnitude."""
+    first = flat(map(self.first_active, layers))
+    target = flat(layer.target for layer in layers)
+    weights, masks = zip(*((x.weight, x.mask) for x in layers), strict=True)
+    counts = self.num_active(count, first, target)
+    stacked = [layer.stacked for layer in layers]
+    return _selection.keep_largest(weights, masks, counts, stacked)

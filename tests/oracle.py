@@ -211,6 +211,24 @@ def set_update(weights, mask, fraction: float) -> Update:
   return Update(dropped, kept, n)
 
 
+def magnitude_count(t: int, begin: int, end: int, first: int, last: int) -> int:
+  """Returns last + floor(((end - t) / (end - begin))^3 (first - last)).
+
+  With the fraction and its products in float32, and between `last` and `first`.
+  """
+  left = np.float32(end - t) * np.float32(1 / (end - begin))
+  left = np.clip(left, np.float32(0), np.float32(1))
+  more = math.floor(left * left * left * np.float32(first - last))
+  return last + min(more, first - last)
+
+
+def magnitude_update(weights, mask, n: int) -> Update:
+  """Prunes the active weights of smallest magnitude until n are left."""
+  mask = np.asarray(mask, bool)
+  dropped = drop(weights, mask, max(0, int(mask.sum()) - n))
+  return Update(dropped, mask & ~dropped, remaining=0)
+
+
 def permits(update: Update, new_mask) -> bool:
   """Returns whether `new_mask` is one that the update may lead to."""
   new_mask = np.asarray(new_mask, bool)
@@ -241,14 +259,19 @@ def _dropped(weights, mask, fraction):
 class Topology(NamedTuple):
   """When and how the masks change."""
 
-  kind: str = "static"  # "static", "set" or "rigl".
+  kind: str = "static"  # "static", "set", "rigl" or "magnitude".
   update_until: int = 0
   update_every: int = 100
   alpha: float | Callable[[int], float] = 0.3  # A function is the fraction.
   grow_from: str = "raw"  # Or "corrected".
+  begin_step: int = 0  # Of "magnitude", which ends with `update_until`.
+  counts: Mapping[str, tuple[int, int]] = {}  # Active weights, first and last.
 
   def is_due(self, t: int) -> bool:
     """Returns whether the call with the 0-based count t updates the masks."""
+    if self.kind == "magnitude":
+      regular = range(self.begin_step, self.update_until, self.update_every)
+      return t in [*regular[1:], self.update_until]
     return (
       self.kind != "static"
       and t > 0
@@ -409,6 +432,10 @@ class Run:
 
   def _update(self, path, gradient):
     weights, mask = self.params[path], self.masks[path]
+    if self.topology.kind == "magnitude":
+      steps = self.topology.begin_step, self.topology.update_until
+      n = magnitude_count(self.count, *steps, *self.topology.counts[path])
+      return magnitude_update(weights, mask, n)
     fraction = self.topology.fraction(self.count)
     if self.topology.kind == "set":
       return set_update(weights, mask, fraction)

@@ -10,6 +10,7 @@ import pytest
 
 import sparseopt_jax
 from sparseopt_jax import SET
+from sparseopt_jax import Magnitude
 from sparseopt_jax import RigL
 
 PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
@@ -88,6 +89,12 @@ def raises(error, match):
     (lambda: SET(10, drop_fraction=-0.1), ValueError, r"drop_fraction.*-0\.1"),
     (lambda: SET(10, drop_fraction="x"), TypeError, "drop_fraction.*'x'"),
     (lambda: RigL(10, grow_from="all"), ValueError, "grow_from.*'all'"),
+    (lambda: Magnitude(-1, 9), ValueError, "begin_step.*-1"),
+    (lambda: Magnitude(5, 5), ValueError, r"end_step.*\[6, 2\*\*31.*got 5"),
+    (lambda: Magnitude(5, 9.0), TypeError, r"end_step.*9\.0"),
+    (lambda: Magnitude(5, 9, 0), ValueError, "update_every.*0"),
+    (lambda: Magnitude(5, 9, 1, 1.0), ValueError, r"initial_sparsity.*1\.0"),
+    (lambda: Magnitude(5, 9, 1, "0"), TypeError, "initial_sparsity.*'0'"),
   ],
 )
 def test_at_construction(make, error, message):

@@ -23,6 +23,7 @@ LAYERS = [
 ]
 PUBLIC = {
   "Layer",
+  "Magnitude",
   "RigL",
   "SET",
   "SparseOptState",

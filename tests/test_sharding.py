@@ -19,6 +19,7 @@ STEPS = 5
 TOPOLOGIES = {
   "RigL": sparseopt_jax.RigL(10, update_every=2, drop_fraction=0.5),
   "SET": sparseopt_jax.SET(10, update_every=2, drop_fraction=0.5),
+  "Magnitude": sparseopt_jax.Magnitude(0, 4, update_every=2),
 }
 # Two layers of one shape are laid out differently: along inputs and outputs.
 SPECS = {
@@ -129,7 +130,8 @@ def test_init_under_jit():
 
 
 @pytest.mark.parametrize(
-  ("topology", "in_context"), [("RigL", True), ("RigL", False), ("SET", True)]
+  ("topology", "in_context"),
+  [("RigL", True), ("RigL", False), ("SET", True), ("Magnitude", True)],
 )
 def test_explicit_axes(topology, in_context):
   mesh = _mesh(AxisType.Explicit)

@@ -139,6 +139,31 @@ def test_rigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
       assert not of(params)[~of(new)].any()
 
 
+@pytest.mark.parametrize("large", [10, 10**7])
+def test_magnitude_prunes_each_slice_as_the_oracle_does(large, monkeypatch):
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  topology = sparseopt_jax.Magnitude(0, 3, 1, initial_sparsity=0.3)
+  link = sparseopt_jax.sparseopt(
+    0.8, topology, stacked=_rule, corrected=True, distribution="uniform"
+  )
+  params = _stacked()
+  state = link.init(params)
+  update = jax.jit(link.update)
+  for step in range(4):
+    old = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    # As they are, not masked: weights outside the masks count for nothing.
+    _, state = update(params, state, params)
+    new = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    for i in range(BLOCKS):
+      size = old[i].size
+      first, last = round(0.7 * size), round(0.2 * size)
+      n = oracle.magnitude_count(step, 0, 3, first, last)
+      weights = params["blocks"]["up"]["kernel"][i]
+      expected = oracle.magnitude_update(weights, old[i], n)
+      np.testing.assert_array_equal(new[i], expected.certain)
+      assert new[i].sum() == n
+
+
 def test_the_correction_is_that_of_each_slice():
   # Of unlike slices, or the mean over all of them would do as well.
   densities = lambda shapes, sparsity: {

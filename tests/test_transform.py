@@ -1,5 +1,7 @@
 """Whole runs of the transformation against the oracle, step by step."""
 
+import fractions
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,10 @@ PARAMS = {
   "Dense_0/bias": (10,),
 }
 SPARSE = [path for path in PARAMS if path.endswith("kernel")]
+SHAPES = {path: PARAMS[path] for path in SPARSE}
+COUNTS = oracle.active_counts(SHAPES, oracle.erk(SHAPES, 0.8))
+# From a sparsity of 0.4, but for layers that end denser.
+FIRST = {p: max(COUNTS[p], round(0.6 * np.prod(SHAPES[p]))) for p in SPARSE}
 TOPOLOGIES = {
   "static": (sparseopt_jax.Static(), oracle.Topology()),
   "set": (
@@ -31,7 +37,16 @@ TOPOLOGIES = {
     sparseopt_jax.RigL(1_000, EVERY, grow_from="corrected"),
     oracle.Topology("rigl", 1_000, EVERY, grow_from="corrected"),
   ),
+  "magnitude": (
+    sparseopt_jax.Magnitude(3, 22, EVERY, 0.4),
+    oracle.Topology(
+      *("magnitude", 22, EVERY),
+      begin_step=3,
+      counts={p: (FIRST[p], COUNTS[p]) for p in SPARSE},
+    ),
+  ),
 }
+CONSTANT = [name for name in TOPOLOGIES if name != "magnitude"]
 
 
 def random_params(seed=0, dtype=np.float32):
@@ -142,25 +157,56 @@ def test_float64_run_stays_with_the_oracle_on_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", CONSTANT)
 def test_a_thousand_steps_agree_with_the_oracle(name):
   run_both(name, 1_000, ties=name in ("set", "rigl"))
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.slow
+def test_a_thousand_steps_of_gradual_pruning_agree_with_the_oracle(monkeypatch):
+  counts = TOPOLOGIES["magnitude"][1].counts
+  both = (
+    sparseopt_jax.Magnitude(100, 901, EVERY, 0.4),
+    oracle.Topology("magnitude", 901, EVERY, begin_step=100, counts=counts),
+  )
+  monkeypatch.setitem(TOPOLOGIES, "magnitude", both)
+  *_, record = run_both("magnitude", 1_000)
+  assert {path: record.masks[path].sum() for path in SPARSE} == COUNTS
+
+
+@pytest.mark.parametrize("name", CONSTANT)
 def test_number_of_active_weights_never_changes(name):
   tx, step = start(TOPOLOGIES[name][0])
   params = random_params()
   opt_state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)
-  counts = oracle.active_counts(
-    {p: PARAMS[p] for p in SPARSE},
-    oracle.erk({p: PARAMS[p] for p in SPARSE}, 0.8),
-  )
   for t in range(31):
     params, opt_state = step(params, opt_state, random_gradients(t))
     masks = masks_of(opt_state)
-    assert {path: mask.sum() for path, mask in masks.items()} == counts
+    assert {path: mask.sum() for path, mask in masks.items()} == COUNTS
+
+
+def test_gradual_pruning_by_the_cubic():
+  """The counts of all layers, against the equation in exact fractions."""
+  tx, step = start(TOPOLOGIES["magnitude"][0])
+  params = random_params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  counts = [{path: mask.sum() for path, mask in masks_of(opt_state).items()}]
+  for t in range(35):
+    params, opt_state = step(params, opt_state, random_gradients(t))
+    masks = masks_of(opt_state)
+    counts.append({path: mask.sum() for path, mask in masks.items()})
+  assert counts[0] == FIRST
+  assert FIRST["Dense_0/kernel"] == COUNTS["Dense_0/kernel"] > 0.6 * 80
+  due = [t for t in range(35) if counts[t + 1] != counts[t]]
+  assert due == [8, 13, 18, 22]
+  for t in due:
+    left = fractions.Fraction(22 - t, 22 - 3) ** 3
+    for path in SPARSE:
+      expected = COUNTS[path] + left * (FIRST[path] - COUNTS[path])
+      assert 0 <= expected - counts[t + 1][path] < 1
+  assert counts[-1] == COUNTS
 
 
 def test_the_state_holds_what_its_fields_say():
