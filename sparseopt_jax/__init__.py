@@ -14,6 +14,7 @@ from sparseopt_jax._topology import SET as SET
 from sparseopt_jax._topology import Layer as Layer
 from sparseopt_jax._topology import Magnitude as Magnitude
 from sparseopt_jax._topology import RigL as RigL
+from sparseopt_jax._topology import SRigL as SRigL
 from sparseopt_jax._topology import Static as Static
 from sparseopt_jax._topology import Topology as Topology
 from sparseopt_jax._transform import sparseopt as sparseopt

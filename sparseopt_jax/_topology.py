@@ -1,6 +1,6 @@
 """How masks change during training: the protocol, and the topologies."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import math
@@ -34,6 +34,12 @@ class Layer(NamedTuple):
   gradient: Any = None  # leaf shape; as passed to update, None in init
   factor: Any = None  # per neuron, length 1 on input_axes; as in the state
   state: Any = ()  # what the topology keeps for it
+
+  @property
+  def dense_fan_in(self) -> int:
+    """The number of inputs of a neuron, active or not."""
+    shape = jnp.shape(self.weight)
+    return math.prod(shape[axis] for axis in self.input_axes)
 
   @property
   def active(self) -> jax.Array:
@@ -336,6 +342,168 @@ class RigL(SET):
     if self.grow_from == "corrected":
       return _correction.rescale(layer.gradient, layer.factor)
     return layer.gradient
+
+
+def _neurons_first(layer: Layer, array: Any) -> jax.Array:
+  """The axes of a neuron's inputs last, so that each neuron is a layer."""
+  last = range(-len(layer.input_axes), 0)
+  return jnp.moveaxis(array, layer.input_axes, tuple(last))
+
+
+def _inputs_back(layer: Layer, array: jax.Array) -> jax.Array:
+  """The inverse of `_neurons_first`."""
+  last = range(-len(layer.input_axes), 0)
+  return jnp.moveaxis(array, tuple(last), layer.input_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SRigL(SET):
+  r"""Structured RigL: every neuron of a layer has the same fan-in.
+
+  Of :math:`N` inputs, each live neuron of a layer has exactly
+
+  .. math::
+
+    k = \min(N, \max(1, [n / n_{live}]))
+
+  active ones, with :math:`n` the number of active weights that ``sparsity`` and
+  ``distribution`` give the layer, :math:`n_{live}` its live neurons (at first
+  all) and :math:`[\cdot]` the nearest integer. So the layer has :math:`k
+  n_{live}` active weights: equal fan-ins, which the method is about, come first
+  and :math:`n` within half a weight a neuron second.
+
+  Mask updates fall on the calls of :class:`sparseopt_jax.SET`:
+
+  1. The :math:`\lfloor f(t) \, nnz \rfloor` active weights of smallest
+     :math:`|w|` in the layer are dropped, whichever neurons they belong to.
+  2. Salient are the weights that stay, and as many of the others of live
+     neurons as were dropped, those of largest :math:`|\partial L / \partial
+     w| > 0`.
+  3. A neuron of fewer than :math:`\gamma_{sal} k` salient weights is ablated:
+     it loses all its inputs, for ever. Not if the neurons left could not hold
+     :math:`n` weights; then none is ablated in this update.
+  4. :math:`k` follows from the neurons that are left, and each of them grows to
+     it where its :math:`|\partial L / \partial w|` is largest. Ties are as for
+     :class:`sparseopt_jax.RigL`.
+
+  Without ablation the correction is the identity, bit for bit: the control for
+  what it does elsewhere. With it, live neurons are scaled by
+  :math:`\sqrt{n_{out} / n_{live}}`.
+
+  An ablated neuron of a classifier is a class that is never predicted. So give
+  such layers a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
+  first mask update, which makes their fan-ins equal.
+
+  Attributes:
+    update_until: The end of the mask updates, in calls.
+    update_every: Calls between two mask updates.
+    drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
+      :math:`f(t)` itself, a scalar; it is clipped to [0, 1].
+    gamma_sal: :math:`\gamma_{sal}` in [0, 1], or a function of a path such as
+      ``'Conv_0/kernel'`` and the leaf that returns it; 0: no ablation.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.SRigL(update_until=30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.75, topology, corrected=False)
+    >>> masks = sparseopt_jax.get_masks(tx.init(jnp.ones((8, 5))))
+    >>> print(masks.sum(0))
+    [2 2 2 2 2]
+
+  References:
+    Lasby et al., `Dynamic Sparse Training with Structured Sparsity
+    <https://arxiv.org/abs/2305.02299>`_, 2024
+  """
+
+  gamma_sal: float | Callable[[str, Any], float] = 0.3
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not callable(self.gamma_sal):
+      self._check_gamma(self.gamma_sal)
+
+  def _check_gamma(self, value: Any) -> None:
+    rule = "gamma_sal must be a number in [0, 1], or a function that gives one"
+    check_type(is_real(value), rule, value)
+    check(0.0 <= value <= 1.0, rule, value)
+
+  def grow_scores(self, layer: Layer) -> jax.Array:
+    """The gradient."""
+    return layer.gradient
+
+  def fan_ins(self, layer: Layer, alive: jax.Array) -> jax.Array:
+    """The fan-in of each neuron if these are alive; int32, shaped alike."""
+    axes = tuple(range(layer.stacked, alive.ndim))
+    number = jnp.maximum(jnp.sum(alive, axis=axes, dtype=jnp.int32), 1)
+    fan_in, rest = jnp.divmod(layer.target, number)
+    fan_in += (rest >= number - rest).astype(jnp.int32)  # To the nearest.
+    fan_in = jnp.clip(fan_in, 1, layer.dense_fan_in)
+    return jnp.where(alive, jnp.expand_dims(fan_in, axes), 0)
+
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """Random inputs for each neuron, equally many."""
+    shapes, stacked, fan_ins = [], [], []
+    for layer in layers:
+      move = functools.partial(_neurons_first, layer)
+      shapes.append(jax.eval_shape(move, layer.weight).shape)
+      stacked.append(len(shapes[-1]) - len(layer.input_axes))
+      alive = jnp.ones(shapes[-1][: stacked[-1]], bool)
+      fan_ins.append(self.fan_ins(layer, alive).reshape(-1))
+    options = jnp.concatenate(fan_ins), tuple(shapes), tuple(stacked)
+    masks = _selection.draw(key, *options)
+    return list(map(_inputs_back, layers, masks))
+
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """Drops in the layer, ablates neurons, and grows each to its fan-in."""
+    stacked = [layer.stacked for layer in layers]
+    active = jnp.concatenate([layer.active.reshape(-1) for layer in layers])
+    stay = active - self.num_dropped(count, active)
+    drop, masks = map(self.drop_scores, layers), [x.mask for x in layers]
+    kept = _selection.keep_largest(list(drop), masks, stay, stacked)
+    # What is kept goes before whatever may grow, and a dead neuron never grows.
+    scores = list(map(self._grow_scores, layers, kept))
+    chosen = _selection.pick_largest(scores, active, stacked, key)
+    fan_ins = list(map(self._new_fan_ins, layers, scores, chosen))
+    rows = list(map(_neurons_first, layers, scores))
+    counts = jnp.concatenate([x.reshape(-1) for x in fan_ins])
+    neurons = [fan_in.ndim for fan_in in fan_ins]
+    masks = _selection.pick_largest(rows, counts, neurons, key)
+    return list(map(_inputs_back, layers, masks))
+
+  def _grow_scores(self, layer: Layer, kept: jax.Array) -> jax.Array:
+    """The scores to grow by, infinite where a weight is kept."""
+    alive = jnp.any(layer.mask, axis=layer.input_axes, keepdims=True)
+    scores = jnp.where(alive, self.grow_scores(layer), 0)
+    return jnp.where(kept, jnp.inf, scores)
+
+  def _new_fan_ins(
+    self, layer: Layer, scores: jax.Array, chosen: jax.Array
+  ) -> jax.Array:
+    """The fan-in of each neuron after ablation."""
+    gamma = self.gamma_sal
+    if callable(gamma):
+      gamma = gamma(layer.path, layer.weight)
+      self._check_gamma(gamma)
+    axes = layer.input_axes
+    chosen &= _selection.magnitude_bits(scores) > 0  # A zero grows by chance.
+    salient = jnp.sum(chosen, axis=axes, dtype=jnp.int32).astype(jnp.float32)
+    alive = jnp.any(layer.mask, axis=axes)
+    needed = np.float32(gamma) * self.fan_ins(layer, alive).astype(jnp.float32)
+    left = alive & (salient >= needed)
+    neurons = tuple(range(layer.stacked, alive.ndim))
+    room = layer.dense_fan_in * jnp.sum(left, axis=neurons, dtype=jnp.int32)
+    is_enough = jnp.expand_dims(room >= layer.target, neurons)
+    return self.fan_ins(layer, jnp.where(is_enough, left, alive))
 
 
 @dataclasses.dataclass(frozen=True)

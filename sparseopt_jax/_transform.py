@@ -116,8 +116,9 @@ def sparseopt(
   with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense
   fan-in :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of
   :math:`s_i` over the layer. :func:`sparseopt_jax.correct` is that formula for
-  one layer. ``init`` fixes the number of active weights of each layer; of the
-  topologies of this package, only :class:`sparseopt_jax.Magnitude` changes it.
+  one layer. ``init`` fixes the number of active weights of each layer. Of the
+  topologies of this package, only :class:`sparseopt_jax.Magnitude` changes it,
+  and :class:`sparseopt_jax.SRigL` by less than a weight a neuron.
 
   The link belongs first in a chain. It cannot cancel what later links add, such
   as momentum, so call :func:`sparseopt_jax.apply_masks` after each
@@ -144,8 +145,8 @@ def sparseopt(
       for ``distribution``, over those that it does not name.
     topology: How masks change: :class:`sparseopt_jax.Static`,
       :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`,
-      :class:`sparseopt_jax.Magnitude`, or a :class:`sparseopt_jax.Topology` of
-      one's own.
+      :class:`sparseopt_jax.SRigL`, :class:`sparseopt_jax.Magnitude`, or a
+      :class:`sparseopt_jax.Topology` of one's own.
     corrected: Which of the sparse leaves get the correction: ``True`` for all,
       ``False`` for none (plain RigL, SET or static training), a pytree of bools
       or a prefix of one, or a function of a path such as ``'Conv_0/kernel'``

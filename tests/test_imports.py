@@ -26,6 +26,7 @@ PUBLIC = {
   "Magnitude",
   "RigL",
   "SET",
+  "SRigL",
   "SparseOptState",
   "SparsifyState",
   "Static",

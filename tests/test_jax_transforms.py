@@ -37,6 +37,7 @@ def _loss(params, inputs):
 
 OTHERS = {
   "Magnitude": sparseopt_jax.Magnitude(0, STEPS - 1, 3, 0.2),
+  "SRigL": sparseopt_jax.SRigL(STEPS, 3, 0.5, gamma_sal=0.9),
 }
 
 

@@ -316,6 +316,36 @@ def test_magnitude_prunes_on_its_grid_and_at_its_end():
   assert [t for t in range(40) if topology.is_due(t)] == [10, 15, 17]
 
 
+def srigl_by_hand(gradient, gamma):
+  """Three neurons of fan-in 2 out of 4; the smallest three weights go."""
+  weights = np.array([[9, 1, 2], [8, 0, 7], [0, 3, 0], [0, 0, 0]])
+  parts = oracle.srigl_update(
+    weights, weights != 0, np.array(gradient), 0.5, gamma, 6, -1
+  )
+  assert not any(update.remaining for _, update in parts)
+  return np.stack([update.certain for _, update in parts], axis=-1)
+
+
+def test_srigl_update_by_hand():
+  # Neuron 0 keeps both weights, neuron 1 none, neuron 2 its 7. The three
+  # largest gradients elsewhere are two of neuron 0 and one of neuron 1.
+  gradient = [[0, 1, 2], [0, 2, 0], [8, 3, 1], [7, 0, 1]]
+  expected = [[1, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]]
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 0.5), expected)
+  # Salient are 4, 1 and 1 weights. With at least 2 only neuron 0 would be left,
+  # which cannot hold six weights. So nothing is ablated.
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 1.0), expected)
+
+
+def test_srigl_ablates_by_hand():
+  # Salient are 4, 0 and 2: neuron 1 goes, and the others have fan-ins of 3.
+  gradient = [[0, 1, 4], [0, 2, 0], [8, 3, 1], [7, 0, 1]]
+  expected = [[1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 0.5), expected)
+  # It takes fewer than gamma * 2, so half a weight does not do it.
+  assert srigl_by_hand(gradient, 0.0).sum(0).tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_updates_conserve_the_number_of_active_weights(fraction, density):

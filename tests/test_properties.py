@@ -31,6 +31,7 @@ SHAPES = {
 }
 KINDS = {"rigl": sparseopt_jax.RigL, "set": sparseopt_jax.SET}
 SPARSITY = 0.5
+GAMMA = 0.7
 RATE, MOMENTUM = 0.5, 0.9
 # Ties, zeros of both signs, denormals and the ends of the range.
 _TINY = np.finfo(np.float32).smallest_subnormal
@@ -90,6 +91,9 @@ def _two_steps(shape, kind):
   def run(mask, weights, gradient, fraction, seed):
     if kind == "magnitude":
       topology = sparseopt_jax.Magnitude(0, 2, 1)
+    elif kind == "srigl":
+      drop = lambda _: fraction
+      topology = sparseopt_jax.SRigL(10, 1, drop, gamma_sal=GAMMA)
     else:
       topology = KINDS[kind](10, 1, drop_fraction=lambda _: fraction)
     tx = sparseopt_jax.sparsify(
@@ -124,7 +128,9 @@ def _oracle_topology(kind, problem):
   counts = {"w": (size, max(1, round((1 - SPARSITY) * size)))}
   until = 2 if kind == "magnitude" else 10
   fraction = lambda t: problem["fraction"]
-  return oracle.Topology(kind, until, 1, alpha=fraction, counts=counts)
+  return oracle.Topology(
+    kind, until, 1, alpha=fraction, counts=counts, gamma=GAMMA
+  )
 
 
 def _check_mask_update(example):
@@ -229,6 +235,7 @@ CHECKS = {
   "RigL": (_check_mask_update, _problems("rigl")),
   "SET": (_check_mask_update, _problems("set")),
   "Magnitude": (_check_mask_update, _problems("magnitude")),
+  "SRigL": (_check_mask_update, _problems("srigl")),
   "not finite": (_check_mask_update, _problems("rigl", finite=False)),
   "correction": (_check_correction, _CORRECTIONS),
   "densities": (_check_densities, st.tuples(_LAYERS, _SPARSITIES)),

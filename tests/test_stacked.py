@@ -164,6 +164,42 @@ def test_magnitude_prunes_each_slice_as_the_oracle_does(large, monkeypatch):
       assert new[i].sum() == n
 
 
+@pytest.mark.parametrize("large", [10, 10**7])
+def test_srigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  topology = sparseopt_jax.SRigL(100, 1, 0.5, gamma_sal=0.8)
+  link = sparseopt_jax.sparseopt(
+    0.8, topology, stacked=_rule, corrected=True, distribution="uniform"
+  )
+  params = _stacked()
+  state = link.init(params)
+  update = jax.jit(link.update)
+  rng = np.random.default_rng(1)
+  lost = 0
+  for step in range(4):
+    gradients = jax.tree.map(
+      lambda x: rng.normal(size=x.shape).astype(np.float32), params
+    )
+    old = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    _, state = update(gradients, state, params)
+    new = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    fraction = oracle.drop_fraction(0.5, step, 100)
+    for i in range(BLOCKS):
+      weights = params["blocks"]["up"]["kernel"][i]
+      gradient = gradients["blocks"]["up"]["kernel"][i]
+      n = round(0.2 * old[i].size)
+      if step == 0:
+        assert set(oracle.fan_ins(old[i])) == {round(n / 24)}
+        continue
+      for index, part in oracle.srigl_update(
+        weights, old[i], gradient, fraction, 0.8, n, -1
+      ):
+        assert part.remaining == 0
+        np.testing.assert_array_equal(new[i][index], part.certain)
+      lost += (oracle.fan_ins(new[i]) == 0).sum()
+  assert lost
+
+
 def test_the_correction_is_that_of_each_slice():
   # Of unlike slices, or the mean over all of them would do as well.
   densities = lambda shapes, sparsity: {

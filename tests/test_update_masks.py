@@ -18,6 +18,7 @@ TOPOLOGIES = [
   sparseopt_jax.RigL(update_until=9, update_every=3),
   topologies.GrowBySum(update_until=9, update_every=3),
   sparseopt_jax.Magnitude(1, 8, update_every=3),
+  sparseopt_jax.SRigL(9, update_every=3, drop_fraction=0.5, gamma_sal=0.9),
 ]
 
 
