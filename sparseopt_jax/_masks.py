@@ -240,11 +240,11 @@ def magnitude_masks(
   .. seealso:: :func:`sparseopt_jax.get_masks`
   """
   layers = plan(params, Options(sparsity, distribution, sparse, stacked))
-  counts = flat(layer.target for layer in layers)
   stacks = [layer.stacked for layer in layers]
 
   def keep(weights: Any) -> Any:
     every = [jnp.ones_like(x, bool) for x in weights]
+    counts = flat(layer.target for layer in layers)
     return _selection.keep_largest(weights, every, counts, stacks)
 
   weights = [jnp.asarray(layer.weight) for layer in layers]

@@ -54,9 +54,9 @@ def _draw(key: Any, layers: Sequence[Layer], counts: Any) -> list[jax.Array]:
   return _selection.draw(key, flat(counts), *zip(*rows, strict=True))
 
 
-def flat(counts: Iterable[np.ndarray]) -> jax.Array:
+def flat(counts: Iterable[Any]) -> jax.Array:
   """Numbers of each layer, stacked ones too, in one int32 array."""
-  return jnp.asarray(np.concatenate(list(map(np.ravel, counts))))
+  return jnp.concatenate(list(map(jnp.ravel, counts)))
 
 
 @runtime_checkable
@@ -345,15 +345,15 @@ class RigL(SET):
 
 
 def _neurons_first(layer: Layer, array: Any) -> jax.Array:
-  """The axes of a neuron's inputs last, so that each neuron is a layer."""
-  last = range(-len(layer.input_axes), 0)
-  return jnp.moveaxis(array, layer.input_axes, tuple(last))
+  """Moves the axes of inputs to the end, so that each neuron is a layer."""
+  last = tuple(range(-len(layer.input_axes), 0))
+  return jnp.moveaxis(array, layer.input_axes, last)
 
 
 def _inputs_back(layer: Layer, array: jax.Array) -> jax.Array:
   """The inverse of `_neurons_first`."""
-  last = range(-len(layer.input_axes), 0)
-  return jnp.moveaxis(array, tuple(last), layer.input_axes)
+  last = tuple(range(-len(layer.input_axes), 0))
+  return jnp.moveaxis(array, last, layer.input_axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -450,15 +450,15 @@ class SRigL(SET):
     self, layers: Sequence[Layer], key: jax.Array
   ) -> list[jax.Array]:
     """Random inputs for each neuron, equally many."""
-    shapes, stacked, fan_ins = [], [], []
+    neurons, fan_ins = [], []
     for layer in layers:
       move = functools.partial(_neurons_first, layer)
-      shapes.append(jax.eval_shape(move, layer.weight).shape)
-      stacked.append(len(shapes[-1]) - len(layer.input_axes))
-      alive = jnp.ones(shapes[-1][: stacked[-1]], bool)
-      fan_ins.append(self.fan_ins(layer, alive).reshape(-1))
-    options = jnp.concatenate(fan_ins), tuple(shapes), tuple(stacked)
-    masks = _selection.draw(key, *options)
+      moved = jax.eval_shape(move, layer.weight)
+      stacked = len(moved.shape) - len(layer.input_axes)
+      neurons.append(layer._replace(weight=moved, stacked=stacked))
+      alive = jnp.ones(moved.shape[:stacked], bool)
+      fan_ins.append(self.fan_ins(layer, alive))
+    masks = _draw(key, neurons, fan_ins)
     return list(map(_inputs_back, layers, masks))
 
   def update_masks(
@@ -466,18 +466,18 @@ class SRigL(SET):
   ) -> list[jax.Array]:
     """Drops in the layer, ablates neurons, and grows each to its fan-in."""
     stacked = [layer.stacked for layer in layers]
-    active = jnp.concatenate([layer.active.reshape(-1) for layer in layers])
+    active = flat(layer.active for layer in layers)
     stay = active - self.num_dropped(count, active)
-    drop, masks = map(self.drop_scores, layers), [x.mask for x in layers]
-    kept = _selection.keep_largest(list(drop), masks, stay, stacked)
+    masks = [layer.mask for layer in layers]
+    drop = list(map(self.drop_scores, layers))
+    kept = _selection.keep_largest(drop, masks, stay, stacked)
     # What is kept goes before whatever may grow, and a dead neuron never grows.
     scores = list(map(self._grow_scores, layers, kept))
     chosen = _selection.pick_largest(scores, active, stacked, key)
     fan_ins = list(map(self._new_fan_ins, layers, scores, chosen))
     rows = list(map(_neurons_first, layers, scores))
-    counts = jnp.concatenate([x.reshape(-1) for x in fan_ins])
     neurons = [fan_in.ndim for fan_in in fan_ins]
-    masks = _selection.pick_largest(rows, counts, neurons, key)
+    masks = _selection.pick_largest(rows, flat(fan_ins), neurons, key)
     return list(map(_inputs_back, layers, masks))
 
   def _grow_scores(self, layer: Layer, kept: jax.Array) -> jax.Array:
@@ -609,7 +609,7 @@ class Magnitude(Topology):
     """Keeps the active weights of largest magnitude."""
     first = flat(map(self.first_active, layers))
     target = flat(layer.target for layer in layers)
-    weights, masks = zip(*((x.weight, x.mask) for x in layers), strict=True)
+    weights, masks = [x.weight for x in layers], [x.mask for x in layers]
     counts = self.num_active(count, first, target)
     stacked = [layer.stacked for layer in layers]
     return _selection.keep_largest(weights, masks, counts, stacked)
