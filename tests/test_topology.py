@@ -219,6 +219,28 @@ def test_everything_is_active_before_gradual_pruning_begins():
   assert not any(x.all() for x in jax.tree.leaves(after.masks))
 
 
+@pytest.mark.parametrize("salient", [0, 1])
+def test_a_weight_without_gradient_is_not_salient(salient):
+  """Neuron 1 loses both weights and would regain some by chance alone.
+
+  It needs one that is salient, half its fan-in.
+  """
+  weight = jnp.tile(jnp.array([[8.0, 1.0]]), (4, 1))
+  mask = np.arange(8).reshape(4, 2) < 4
+  topology = sparseopt_jax.SRigL(9, 1, lambda count: 0.5, gamma_sal=0.5)
+  for seed in range(5):
+    link = sparseopt_jax.sparseopt(
+      0.5, topology, corrected=False, masks=mask, seed=seed
+    )
+    gradient = jnp.zeros_like(weight).at[3, 1].set(salient)
+    _, state = link.update(
+      gradient, link.init(weight), weight, update_masks=True
+    )
+    expected = [2, 2] if salient else [4, 0]
+    np.testing.assert_array_equal(state.masks.sum(0), expected)
+    assert state.masks[3, 1] == bool(salient)
+
+
 def test_static_is_never_due():
   assert sparseopt_jax.Static().is_due(100) is False
   assert sparseopt_jax.Static().is_due(jnp.int32(100)) is False
