@@ -368,9 +368,9 @@ class SRigL(SET):
 
   active ones, with :math:`n` the number of active weights that ``sparsity`` and
   ``distribution`` give the layer, :math:`n_{live}` its live neurons (at first
-  all) and :math:`[\cdot]` the nearest integer. So the layer has :math:`k
-  n_{live}` active weights: equal fan-ins, which the method is about, come first
-  and :math:`n` within half a weight a neuron second.
+  all) and :math:`[\cdot]` the nearest integer, of two the larger. So the layer
+  has :math:`k n_{live}` active weights: equal fan-ins, which the method is
+  about, come first, and :math:`n`, to half a weight a neuron, second.
 
   Mask updates fall on the calls of :class:`sparseopt_jax.SET`:
 
@@ -390,8 +390,8 @@ class SRigL(SET):
   what it does elsewhere. With it, live neurons are scaled by
   :math:`\sqrt{n_{out} / n_{live}}`.
 
-  An ablated neuron of a classifier is a class that is never predicted. So give
-  such layers a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
+  An ablated neuron of a classifier leaves its class a constant logit, so give
+  that layer a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
   first mask update, which makes their fan-ins equal.
 
   Attributes:
