@@ -12,7 +12,9 @@ from sparseopt_jax._state import apply_masks as apply_masks
 from sparseopt_jax._state import get_masks as get_masks
 from sparseopt_jax._topology import SET as SET
 from sparseopt_jax._topology import Layer as Layer
+from sparseopt_jax._topology import Magnitude as Magnitude
 from sparseopt_jax._topology import RigL as RigL
+from sparseopt_jax._topology import SRigL as SRigL
 from sparseopt_jax._topology import Static as Static
 from sparseopt_jax._topology import Topology as Topology
 from sparseopt_jax._transform import sparseopt as sparseopt

@@ -1,7 +1,10 @@
 """How the active weights of a network are shared out among its layers."""
 
 from collections.abc import Callable, Mapping
+import fnmatch
+import functools
 import math
+import re
 from typing import Any
 
 from sparseopt_jax._numbers import check, check_type, is_real
@@ -117,10 +120,41 @@ def active_counts(shapes: Shapes, sparsity: float, how: Any) -> dict[str, int]:
 
 
 def resolve(distribution: Any) -> Distribution:
-  """The function that a name stands for; functions pass through."""
+  """The function that a name or a dict stands for; functions pass through."""
   if callable(distribution):
     return distribution
-  rule = "distribution must be 'erk', 'uniform' or a function"
+  if isinstance(distribution, Mapping):
+    return _by_pattern(dict(distribution))
+  rule = "distribution must be 'erk', 'uniform', a dict or a function"
   check_type(isinstance(distribution, str), rule, distribution)
   check(distribution in ("erk", "uniform"), rule, distribution)
   return erk if distribution == "erk" else uniform
+
+
+def _by_pattern(densities: dict[str, float]) -> Distribution:
+  """The densities of some layers by the patterns of their paths; else ERK."""
+  for pattern, density in densities.items():
+    is_text = isinstance(pattern, str)
+    check_type(is_text, "distribution must have patterns for keys", pattern)
+    rule = f"distribution must give a density in (0, 1] for {pattern!r}"
+    check_type(is_real(density), rule, density)
+    check(0.0 < density <= 1.0, rule, density)
+
+  def densities_of(shapes: Shapes, sparsity: float) -> dict[str, float]:
+    given: dict[str, float] = {}
+    for pattern, density in densities.items():
+      matches = filter(functools.partial(_is_match, pattern=pattern), shapes)
+      found = dict.fromkeys(matches, density)
+      rule = f"distribution must match some of {', '.join(shapes)}"
+      check(found, rule, pattern)
+      given = found | given  # The first pattern counts.
+    rest = {path: shapes[path] for path in shapes if path not in given}
+    return given | erk(rest, sparsity)
+
+  return densities_of
+
+
+def _is_match(path: str, pattern: str) -> bool:
+  """Whether it names a layer, or the leaf that the layer is stacked in."""
+  leaf = re.sub(r"\[[\d, ]+\]$", "", path)
+  return path == pattern or fnmatch.fnmatchcase(leaf, pattern)

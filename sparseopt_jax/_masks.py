@@ -16,7 +16,7 @@ from sparseopt_jax import _paths
 from sparseopt_jax import _selection
 from sparseopt_jax import _sharding
 from sparseopt_jax._numbers import check, check_type, is_bool, is_int
-from sparseopt_jax._topology import Layer
+from sparseopt_jax._topology import Layer, Topology, flat
 
 # Words of a name that say: a table, of which each entry is looked up or added,
 # and not multiplied; or a shift or a scale.
@@ -175,19 +175,15 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
     target[index] = n
 
 
-def flat_targets(layers: Sequence[Layer]) -> jax.Array:
-  """The number of active weights of each layer; int32."""
-  return jnp.asarray(np.concatenate([np.ravel(x.target) for x in layers]))
-
-
-def with_masks(key: jax.Array, layers: Sequence[Layer]) -> list[Layer]:
-  """The layers with their first masks: given, or random."""
+def with_masks(
+  topology: Topology, key: jax.Array, layers: Sequence[Layer]
+) -> list[Layer]:
+  """The layers with their first masks: given, or as the topology says."""
   masks = {layer.path: layer.mask for layer in layers}
   left = [layer for layer in layers if layer.mask is None]
   if left:
-    rows = [(jnp.shape(layer.weight), layer.stacked) for layer in left]
-    drawn = _selection.draw(key, flat_targets(left), *zip(*rows, strict=True))
-    masks |= dict(zip([layer.path for layer in left], drawn, strict=True))
+    first = topology.first_masks(left, key)
+    masks |= dict(zip([layer.path for layer in left], first, strict=True))
   # Copied, since the state may be donated and given masks are the user's own.
   place = lambda x: _sharding.place(jnp.array(masks[x.path], bool), x.weight)
   return [layer._replace(mask=place(layer)) for layer in layers]
@@ -217,7 +213,7 @@ def magnitude_masks(
 
   Args:
     params: The dense parameters.
-    sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
+    sparsity: As for :func:`sparseopt_jax.sparseopt`.
     distribution: As for :func:`sparseopt_jax.sparseopt`; it decides how many
       weights each layer keeps.
     sparse: Which leaves get a mask, as for :func:`sparseopt_jax.sparseopt`.
@@ -250,6 +246,11 @@ def magnitude_masks(
   """
   layers = plan(params, Options(sparsity, distribution, sparse, stacked))
   stacks = [layer.stacked for layer in layers]
-  keep = lambda xs: _selection.keep_largest(xs, flat_targets(layers), stacks)
+
+  def keep(weights: Any) -> Any:
+    every = [jnp.ones_like(x, bool) for x in weights]
+    counts = flat(layer.target for layer in layers)
+    return _selection.keep_largest(weights, every, counts, stacks)
+
   weights = [jnp.asarray(layer.weight) for layer in layers]
   return as_tree(params, layers, _sharding.lay_out_freely(keep, weights))

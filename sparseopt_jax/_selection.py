@@ -1,6 +1,7 @@
 """Exact selection of the n largest scores of each layer, without sorting.
 
-`draw`, `keep_largest` and `drop_and_grow` take all layers of a network.
+`draw`, `keep_largest`, `pick_largest` and `drop_and_grow` take all layers of a
+network.
 
 A score is mapped to an unsigned integer, its key, that orders the same way. The
 n-th largest key of a layer is searched between two bounds: each pass counts the
@@ -49,6 +50,16 @@ def random_order(words: tuple[Array, Array], position: Array) -> Array:
     bits = ((bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)) & low
     bits ^= bits >> 16
   return bits
+
+
+def magnitude_bits(values: Array) -> Array:
+  """Unsigned integers in the order of the floats' magnitudes; 0 for zeros.
+
+  Unlike arithmetic, which may take denormals for 0, they tell all floats apart.
+  """
+  unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
+  low_bits = jnp.asarray((1 << (8 * unsigned.itemsize - 1)) - 1, unsigned)
+  return lax.bitcast_convert_type(values, unsigned) & low_bits
 
 
 class _Interval(NamedTuple):
@@ -108,10 +119,8 @@ def _select(
   """
   # In float32 or wider, which is exact, so the order stays.
   values = values.astype(_lax.wide_dtype(values.dtype))
-  unsigned = jnp.dtype(f"uint{8 * values.dtype.itemsize}")
-  top = lax.bitcast_convert_type(jnp.asarray(jnp.inf, values.dtype), unsigned)
-  low_bits = jnp.asarray((1 << (8 * unsigned.itemsize - 1)) - 1, unsigned)
-  bits = lax.bitcast_convert_type(values, unsigned) & low_bits
+  bits = magnitude_bits(values)
+  top = magnitude_bits(jnp.asarray(jnp.inf, values.dtype))
   rank = jnp.where(bits > top, 1, (top - bits if is_backward else bits) + 2)
   key = jnp.where(eligible, rank, 0)
   found = _search(block, lambda: key, n, top + 2)
@@ -239,20 +248,47 @@ def draw(key: Array, counts: Array, shapes: Any, stacked: Any) -> list[Array]:
   return _packing.by_block(one, shapes, stacked)
 
 
-def keep_largest(values: Any, counts: Array, stacked: Any) -> list[Array]:
-  """Masks of the weights of largest magnitude; ties lose the lowest index.
+def keep_largest(
+  values: Any, masks: Any, counts: Array, stacked: Any
+) -> list[Array]:
+  """The masks without their weights of smallest magnitude.
+
+  Of equal magnitudes those of lowest row-major index go first.
 
   Args:
     values: The weights, leaf by leaf.
-    counts: The number of active weights of each layer; int32.
+    masks: Where they are active.
+    counts: The number of weights of each layer to keep, of fewer all; int32.
     stacked: How many leading axes of each leaf enumerate layers.
   """
 
-  def one(block: Block, values: Array) -> Array:
-    excess = block.sizes - block.take(counts)
-    return ~smallest(block, values, block.is_layer(), excess)
+  def one(block: Block, values: Array, mask: Array) -> Array:
+    active, _ = block.counts([mask, ~mask])
+    excess = jnp.maximum(active - block.take(counts), 0)
+    return mask & ~smallest(block, values, mask, excess)
 
   shapes = [x.shape for x in values]
+  return _packing.by_block(one, shapes, stacked, values, masks)
+
+
+def pick_largest(
+  values: Any, counts: Array, stacked: Any, key: Array
+) -> list[Array]:
+  """Masks of the weights of largest magnitude, as `largest` selects them.
+
+  Args:
+    values: Floats, leaf by leaf.
+    counts: The number of weights of each layer to pick; int32.
+    stacked: How many leading axes of each leaf enumerate layers.
+    key: uint32 of shape (2,), fresh for the call.
+  """
+  shapes = [x.shape for x in values]
+  words = _layer_words(key, shapes, stacked)
+
+  def one(block: Block, values: Array) -> Array:
+    n, random = block.take(counts), block.take(words)
+    return largest(block, values, block.is_layer(), n, random)
+
   return _packing.by_block(one, shapes, stacked, values)
 
 

@@ -1,8 +1,9 @@
-"""How masks change during training: the protocol, Static, SET and RigL."""
+"""How masks change during training: the protocol, and the topologies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -35,16 +36,34 @@ class Layer(NamedTuple):
   state: Any = ()  # what the topology keeps for it
 
   @property
+  def dense_fan_in(self) -> int:
+    """The number of inputs of a neuron, active or not."""
+    shape = jnp.shape(self.weight)
+    return math.prod(shape[axis] for axis in self.input_axes)
+
+  @property
   def active(self) -> jax.Array:
     """The number of active weights; shape[:stacked], dtype=jnp.int32."""
     axes = tuple(range(self.stacked, self.mask.ndim))
     return jnp.sum(self.mask, axis=axes, dtype=jnp.int32)
 
 
+def _draw(key: Any, layers: Sequence[Layer], counts: Any) -> list[jax.Array]:
+  """Random masks with these numbers of active weights."""
+  rows = [(jnp.shape(layer.weight), layer.stacked) for layer in layers]
+  return _selection.draw(key, flat(counts), *zip(*rows, strict=True))
+
+
+def flat(counts: Iterable[Any]) -> jax.Array:
+  """Numbers of each layer, stacked ones too, in one int32 array."""
+  return jnp.concatenate(list(map(jnp.ravel, counts)))
+
+
 @runtime_checkable
 class Topology(Protocol):
   """When masks change, and to what; for topologies of one's own.
 
+  In ``init`` the link asks for `first_masks`, and then `init` for each layer.
   In a call of ``update`` the link asks, in this order: `is_due` with the count
   of the call, `observe` for each layer, and, where masks are due and all
   gradients and states are finite, `update_masks` for all layers at once. All
@@ -107,6 +126,20 @@ class Topology(Protocol):
     """
     return False
 
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """The masks to start with; by default random, of ``target`` weights each.
+
+    Args:
+      layers: The sparse leaves that no masks are given for, without mask.
+      key: From the seed; uint32 of shape (2,), as of ``jax.random.PRNGKey``.
+
+    Returns:
+      Bools in the shape of each leaf.
+    """
+    return _draw(key, layers, [layer.target for layer in layers])
+
   def update_masks(
     self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
   ) -> list[jax.Array]:
@@ -146,6 +179,13 @@ class Topology(Protocol):
       A pytree as `init` gave it.
     """
     return layer.state
+
+
+def _check_calls(name: str, value: Any, least: int) -> None:
+  """Raises unless it is an int from ``least`` on; calls are int32."""
+  check_type(is_int(value), f"{name} must be an int", value)
+  rule = f"{name} must lie in [{least}, 2**31 - 1]"
+  check(least <= value < 2**31, rule, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +244,8 @@ class SET(Topology):
   drop_fraction: float | optax.Schedule = 0.3
 
   def __post_init__(self) -> None:
-    for name, least in {"update_until": 0, "update_every": 1}.items():
-      value = getattr(self, name)
-      check_type(is_int(value), f"{name} must be an int", value)
-      # Calls are counted in int32.
-      rule = f"{name} must lie in [{least}, 2**31 - 1]"
-      check(least <= value < 2**31, rule, value)
+    _check_calls("update_until", self.update_until, 0)
+    _check_calls("update_every", self.update_every, 1)
     given = self.drop_fraction
     if not callable(given):
       rule = "drop_fraction must be a number in [0, 1], or a schedule"
@@ -306,3 +342,274 @@ class RigL(SET):
     if self.grow_from == "corrected":
       return _correction.rescale(layer.gradient, layer.factor)
     return layer.gradient
+
+
+def _neurons_first(layer: Layer, array: Any) -> jax.Array:
+  """Moves the axes of inputs to the end, so that each neuron is a layer."""
+  last = tuple(range(-len(layer.input_axes), 0))
+  return jnp.moveaxis(array, layer.input_axes, last)
+
+
+def _inputs_back(layer: Layer, array: jax.Array) -> jax.Array:
+  """The inverse of `_neurons_first`."""
+  last = tuple(range(-len(layer.input_axes), 0))
+  return jnp.moveaxis(array, last, layer.input_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class SRigL(SET):
+  r"""Structured RigL: every neuron of a layer has the same fan-in.
+
+  Of :math:`N` inputs, each live neuron of a layer has exactly
+
+  .. math::
+
+    k = \min(N, \max(1, [n / n_{live}]))
+
+  active ones, with :math:`n` the number of active weights that ``sparsity`` and
+  ``distribution`` give the layer, :math:`n_{live}` its live neurons (at first
+  all) and :math:`[\cdot]` the nearest integer, of two the larger. So the layer
+  has :math:`k n_{live}` active weights: equal fan-ins, which the method is
+  about, come first, and :math:`n`, to half a weight a neuron, second.
+
+  Mask updates fall on the calls of :class:`sparseopt_jax.SET`:
+
+  1. The :math:`\lfloor f(t) \, nnz \rfloor` active weights of smallest
+     :math:`|w|` in the layer are dropped, whichever neurons they belong to.
+  2. Salient are the weights that stay, and as many of the others of live
+     neurons as were dropped, those of largest :math:`|\partial L / \partial
+     w| > 0`.
+  3. A neuron of fewer than :math:`\gamma_{sal} k` salient weights is ablated:
+     it loses all its inputs, for ever. Not if the neurons left could not hold
+     :math:`n` weights; then none is ablated in this update.
+  4. :math:`k` follows from the neurons that are left, and each of them grows to
+     it where its :math:`|\partial L / \partial w|` is largest. Ties are as for
+     :class:`sparseopt_jax.RigL`.
+
+  Without ablation the correction is the identity, bit for bit: the control for
+  what it does elsewhere. With it, live neurons are scaled by
+  :math:`\sqrt{n_{out} / n_{live}}`.
+
+  An ablated neuron of a classifier leaves its class a constant logit, so give
+  that layer a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
+  first mask update, which makes their fan-ins equal.
+
+  Attributes:
+    update_until: The end of the mask updates, in calls.
+    update_every: Calls between two mask updates.
+    drop_fraction: :math:`\alpha` in [0, 1], or an Optax schedule that gives
+      :math:`f(t)` itself, a scalar; it is clipped to [0, 1].
+    gamma_sal: :math:`\gamma_{sal}` in [0, 1], or a function of a path such as
+      ``'Conv_0/kernel'`` and the leaf that returns it; 0: no ablation.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import jax.numpy as jnp
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.SRigL(update_until=30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.75, topology, corrected=False)
+    >>> masks = sparseopt_jax.get_masks(tx.init(jnp.ones((8, 5))))
+    >>> print(masks.sum(0))
+    [2 2 2 2 2]
+
+  References:
+    Lasby et al., `Dynamic Sparse Training with Structured Sparsity
+    <https://arxiv.org/abs/2305.02299>`_, 2024
+  """
+
+  gamma_sal: float | Callable[[str, Any], float] = 0.3
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not callable(self.gamma_sal):
+      self._check_gamma(self.gamma_sal)
+
+  def _check_gamma(self, value: Any) -> None:
+    rule = "gamma_sal must be a number in [0, 1], or a function that gives one"
+    check_type(is_real(value), rule, value)
+    check(0.0 <= value <= 1.0, rule, value)
+
+  def grow_scores(self, layer: Layer) -> jax.Array:
+    """The gradient."""
+    return layer.gradient
+
+  def fan_ins(self, layer: Layer, alive: jax.Array) -> jax.Array:
+    """The fan-in of each neuron if these are alive; int32, shaped alike."""
+    axes = tuple(range(layer.stacked, alive.ndim))
+    number = jnp.maximum(jnp.sum(alive, axis=axes, dtype=jnp.int32), 1)
+    fan_in, rest = jnp.divmod(layer.target, number)
+    fan_in += (rest >= number - rest).astype(jnp.int32)  # To the nearest.
+    fan_in = jnp.clip(fan_in, 1, layer.dense_fan_in)
+    return jnp.where(alive, jnp.expand_dims(fan_in, axes), 0)
+
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """Random inputs for each neuron, equally many."""
+    neurons, fan_ins = [], []
+    for layer in layers:
+      move = functools.partial(_neurons_first, layer)
+      moved = jax.eval_shape(move, layer.weight)
+      stacked = len(moved.shape) - len(layer.input_axes)
+      neurons.append(layer._replace(weight=moved, stacked=stacked))
+      alive = jnp.ones(moved.shape[:stacked], bool)
+      fan_ins.append(self.fan_ins(layer, alive))
+    masks = _draw(key, neurons, fan_ins)
+    return list(map(_inputs_back, layers, masks))
+
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """Drops in the layer, ablates neurons, and grows each to its fan-in."""
+    stacked = [layer.stacked for layer in layers]
+    active = flat(layer.active for layer in layers)
+    stay = active - self.num_dropped(count, active)
+    masks = [layer.mask for layer in layers]
+    drop = list(map(self.drop_scores, layers))
+    kept = _selection.keep_largest(drop, masks, stay, stacked)
+    # What is kept goes before whatever may grow, and a dead neuron never grows.
+    scores = list(map(self._grow_scores, layers, kept))
+    chosen = _selection.pick_largest(scores, active, stacked, key)
+    fan_ins = list(map(self._new_fan_ins, layers, scores, chosen))
+    rows = list(map(_neurons_first, layers, scores))
+    neurons = [fan_in.ndim for fan_in in fan_ins]
+    masks = _selection.pick_largest(rows, flat(fan_ins), neurons, key)
+    return list(map(_inputs_back, layers, masks))
+
+  def _grow_scores(self, layer: Layer, kept: jax.Array) -> jax.Array:
+    """The scores to grow by, infinite where a weight is kept."""
+    alive = jnp.any(layer.mask, axis=layer.input_axes, keepdims=True)
+    scores = jnp.where(alive, self.grow_scores(layer), 0)
+    return jnp.where(kept, jnp.inf, scores)
+
+  def _new_fan_ins(
+    self, layer: Layer, scores: jax.Array, chosen: jax.Array
+  ) -> jax.Array:
+    """The fan-in of each neuron after ablation."""
+    gamma = self.gamma_sal
+    if callable(gamma):
+      gamma = gamma(layer.path, layer.weight)
+      self._check_gamma(gamma)
+    axes = layer.input_axes
+    chosen &= _selection.magnitude_bits(scores) > 0  # A zero grows by chance.
+    salient = jnp.sum(chosen, axis=axes, dtype=jnp.int32).astype(jnp.float32)
+    alive = jnp.any(layer.mask, axis=axes)
+    needed = np.float32(gamma) * self.fan_ins(layer, alive).astype(jnp.float32)
+    left = alive & (salient >= needed)
+    neurons = tuple(range(layer.stacked, alive.ndim))
+    room = layer.dense_fan_in * jnp.sum(left, axis=neurons, dtype=jnp.int32)
+    is_enough = jnp.expand_dims(room >= layer.target, neurons)
+    return self.fan_ins(layer, jnp.where(is_enough, left, alive))
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude(Topology):
+  r"""Gradual magnitude pruning: from dense to sparse on a cubic schedule.
+
+  On the calls whose 0-based count :math:`t` is ``begin_step`` plus a positive
+  multiple of ``update_every``, up to ``end_step``, and on that of ``end_step``
+  itself, each layer :math:`l` keeps, of its active weights, the
+
+  .. math::
+
+    n^l(t) = n^l_1 + \left\lfloor \left(\frac{t_1 - t}{t_1 - t_0}\right)^3
+    (n^l_0 - n^l_1) \right\rfloor
+
+  of largest :math:`|w|`, with :math:`t_0` and :math:`t_1` the two steps and
+  :math:`n^l_1` the number of active weights that the link's ``sparsity`` and
+  ``distribution`` give the layer. It begins with :math:`n^l_0`: the fraction
+  :math:`1 - s_0` of its weights at ``initial_sparsity`` :math:`s_0`, chosen at
+  random, or :math:`n^l_1` if that is more. So the densities of all layers, and
+  with them the sparsity of the whole, follow the one cubic, and none ever
+  rises. Of equal magnitudes those of lowest row-major index are pruned first.
+  The fraction and its products are in float32.
+
+  A pruned weight does not come back. Zhu and Gupta let the weights train on
+  behind their masks, where a large one would be admitted again. Here weights
+  outside the masks are exactly 0, of the smallest magnitude there is.
+
+  Masks that are given stay until the first update, which prunes them to its
+  counts and never beyond. If the update at ``end_step`` is skipped, since a
+  gradient is not finite, the counts stay those of the update before.
+
+  Attributes:
+    begin_step: :math:`t_0`, in calls; no update up to this call.
+    end_step: :math:`t_1`, in calls, after ``begin_step``; the last update.
+    update_every: Calls between two mask updates.
+    initial_sparsity: :math:`s_0` in [0, 1).
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If an argument lies outside its range.
+
+  Examples:
+
+    >>> import sparseopt_jax
+    >>> topology = sparseopt_jax.Magnitude(5_000, 30_000)
+    >>> tx = sparseopt_jax.sparseopt(0.9, topology, corrected=True)
+
+  References:
+    Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning
+    for model compression <https://arxiv.org/abs/1710.01878>`_, 2017
+
+  .. seealso:: :func:`sparseopt_jax.magnitude_masks`
+  """
+
+  begin_step: int
+  end_step: int
+  update_every: int = 100
+  initial_sparsity: float = 0.0
+
+  def __post_init__(self) -> None:
+    _check_calls("begin_step", self.begin_step, 0)
+    _check_calls("end_step", self.end_step, self.begin_step + 1)
+    _check_calls("update_every", self.update_every, 1)
+    rule = "initial_sparsity must be a number in [0, 1)"
+    check_type(is_real(self.initial_sparsity), rule, self.initial_sparsity)
+    check(0.0 <= self.initial_sparsity < 1.0, rule, self.initial_sparsity)
+
+  def is_due(self, count: Any) -> Any:
+    """Whether the call with this 0-based count updates the masks."""
+    passed = count - self.begin_step
+    is_on = (passed > 0) & (count <= self.end_step)
+    return is_on & (
+      (passed % self.update_every == 0) | (count == self.end_step)
+    )
+
+  def first_active(self, layer: Layer) -> np.ndarray:
+    """The number of active weights to begin with; shape[:stacked], int32."""
+    size = math.prod(jnp.shape(layer.weight)[layer.stacked :])
+    return np.maximum(layer.target, round((1 - self.initial_sparsity) * size))
+
+  def num_active(
+    self, count: jax.Array, first: jax.Array, target: jax.Array
+  ) -> jax.Array:
+    """The number of active weights by the schedule; int32."""
+    # A product, since a compiler may divide in another way than by rounding.
+    rate = np.float32(1 / (self.end_step - self.begin_step))
+    left = (self.end_step - count).astype(jnp.float32) * rate
+    left = jnp.clip(left, 0.0, 1.0)
+    pruned_later = left * left * left * (first - target).astype(jnp.float32)
+    pruned_later = jnp.floor(pruned_later).astype(jnp.int32)
+    return target + jnp.minimum(pruned_later, first - target)
+
+  def first_masks(
+    self, layers: Sequence[Layer], key: jax.Array
+  ) -> list[jax.Array]:
+    """Random masks of ``initial_sparsity``; by default everything is active."""
+    return _draw(key, layers, map(self.first_active, layers))
+
+  def update_masks(
+    self, layers: Sequence[Layer], count: jax.Array, key: jax.Array
+  ) -> list[jax.Array]:
+    """Keeps the active weights of largest magnitude."""
+    first = flat(map(self.first_active, layers))
+    target = flat(layer.target for layer in layers)
+    weights, masks = [x.weight for x in layers], [x.mask for x in layers]
+    counts = self.num_active(count, first, target)
+    stacked = [layer.stacked for layer in layers]
+    return _selection.keep_largest(weights, masks, counts, stacked)

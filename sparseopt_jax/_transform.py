@@ -116,8 +116,9 @@ def sparseopt(
   with mask :math:`m`, sparsity :math:`s_i`, fan-in :math:`f_i` and dense
   fan-in :math:`N` of neuron :math:`i`, and :math:`s_{avg}` the mean of
   :math:`s_i` over the layer. :func:`sparseopt_jax.correct` is that formula for
-  one layer. ``init`` fixes the number of active weights of each layer, and the
-  topologies of this package never change it.
+  one layer. ``init`` fixes the number of active weights of each layer. Of the
+  topologies of this package, only :class:`sparseopt_jax.Magnitude` changes it,
+  and :class:`sparseopt_jax.SRigL` by less than a weight a neuron.
 
   The link belongs first in a chain. It cannot cancel what later links add, such
   as momentum, so call :func:`sparseopt_jax.apply_masks` after each
@@ -140,9 +141,11 @@ def sparseopt(
   and float32 have the range.
 
   Args:
-    sparsity: Fraction of zeros over all sparse leaves, in [0, 1).
+    sparsity: Fraction of zeros over all sparse leaves, in [0, 1); with a dict
+      for ``distribution``, over those that it does not name.
     topology: How masks change: :class:`sparseopt_jax.Static`,
-      :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`, or a
+      :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`,
+      :class:`sparseopt_jax.SRigL`, :class:`sparseopt_jax.Magnitude`, or a
       :class:`sparseopt_jax.Topology` of one's own.
     corrected: Which of the sparse leaves get the correction: ``True`` for all,
       ``False`` for none (plain RigL, SET or static training), a pytree of bools
@@ -152,7 +155,11 @@ def sparseopt(
       normalisation, which :func:`sparseopt_jax.inspection.batch_normalized`
       finds for linen and NNX.
     distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
-      and the sparsity that returns ``{path: density}``.
+      and the sparsity that returns ``{path: density}``. Or a dict of densities
+      in (0, 1] by shell pattern, such as ``{'Conv_0/*': 1.0}``, of which the
+      first that matches a path counts. The other layers get ERK at
+      ``sparsity``, as if they were all: a layer whose density is published is
+      no part of the budget, nor is a leaf that ``sparse`` leaves dense.
     sparse: Which leaves get a mask, in the same forms. By default kernels:
       leaves of floats with two axes longer than 1, and no name of a bias, a
       scale, an offset, an embedding, or a table of positions or tokens.
@@ -221,7 +228,7 @@ def sparseopt(
   def init_fn(params: optax.Params) -> SparseOptState:
     # optax.tree.map_params asks with a tree that has no leaves.
     layers = _masks.plan(params, options) if jax.tree.leaves(params) else []
-    layers = _masks.with_masks(_key_data(seed), layers)
+    layers = _masks.with_masks(topology, _key_data(seed), layers)
     layers = [x._replace(factor=_factor(x, x.mask)) for x in layers]
     first = _masks.as_tree(params, layers, [x.mask for x in layers])
     factors: Any = tuple(x.factor for x in layers)

@@ -4,6 +4,11 @@ A safetensors file holds, for each sparse kernel, the values of the active
 weights in row-major order (`values/PATH`) and the mask, eight weights a byte
 (`mask/PATH`); all other arrays as they are (`dense/PATH`); and as metadata the
 architecture, the accuracy and a CRC. `load` gives the model back in one call.
+
+A kernel of constant fan-in k, as SRigL makes them, is condensed: the values of
+each live neuron are a row of `values/PATH`, of shape (live neurons, k), and
+`indices/PATH` says which of the neuron's inputs they belong to, by row-major
+index; `neurons/PATH` says which neurons live, if not all.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import numpy as np
 import sparseopt_jax
 from sparseopt_jax import _paths
 from sparseopt_jax import models
+from sparseopt_jax import shrink
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
 from sparseopt_jax.training import records
@@ -33,7 +39,7 @@ from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import RunError
 from sparseopt_jax.training.errors import UsageError
 
-_FORMAT = "sparseopt-jax 1"
+_FORMAT = "sparseopt-jax 2"
 _FIGURES = ("step", "test_accuracy", "sparsity")
 # Another device, or bfloat16, may take a few images for another class.
 _TOLERANCE = 0.01
@@ -49,7 +55,8 @@ class SparseModel(NamedTuple):
     masks: {path: bool array} of the sparse kernels, "Conv_0/kernel".
     info: `model`, `width`, `precision`, `num_classes`, `image_shape`, `mean`
       and `std` (by channel, of pixels in [0, 1], for normalising), `dataset`,
-      `test_accuracy`, `sparsity`.
+      `test_accuracy`, `sparsity` (of the run); `hidden` (the channels inside
+      each block) if dead ones were removed.
   """
 
   module: Any
@@ -200,8 +207,7 @@ def save(
     if mask is None:
       tensors[f"dense/{name}"] = np.ascontiguousarray(leaf)
     else:
-      tensors[f"values/{name}"] = leaf[mask]
-      tensors[f"mask/{name}"] = np.packbits(mask)
+      tensors |= {f"{kind}/{name}": x for kind, x in _pack(leaf, mask).items()}
       shapes[name] = list(mask.shape)
   metadata = {
     "format": _FORMAT,
@@ -210,6 +216,44 @@ def save(
     "crc": str(_crc(tensors)),
   }
   records.write_bytes(path, safetensors.save(tensors, metadata))
+
+
+def _pack(kernel: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+  """The tensors of a sparse kernel, by their kind."""
+  # A row for each neuron, the last axis of a kernel.
+  rows = mask.reshape(-1, mask.shape[-1]).T
+  fan_ins = rows.sum(axis=1)
+  neurons = np.flatnonzero(fan_ins)
+  sizes = set(fan_ins[neurons].tolist())
+  if len(sizes) != 1 or sizes == {rows.shape[1]}:
+    return {"values": kernel[mask], "mask": np.packbits(mask)}
+  shape = len(neurons), *sizes
+  small = np.min_scalar_type(rows.shape[1] - 1)
+  columns = np.nonzero(rows)[1].reshape(shape).astype(small)
+  values = kernel.reshape(-1, kernel.shape[-1]).T[rows].reshape(shape)
+  found = {"values": values, "indices": columns}
+  if len(neurons) < len(rows):
+    found["neurons"] = neurons.astype(np.uint32)
+  return found
+
+
+def _unpack_one(
+  tensors: dict[str, np.ndarray], path: str, shape: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """A kernel and its mask, as `_pack` was given them."""
+  values = tensors[f"values/{path}"]
+  if f"mask/{path}" in tensors:
+    bits = np.unpackbits(tensors[f"mask/{path}"], count=math.prod(shape))
+    mask = bits.astype(bool).reshape(shape)
+    kernel = np.zeros(shape, values.dtype)
+    kernel[mask] = values
+    return kernel, mask
+  neurons = tensors.get(f"neurons/{path}", np.arange(shape[-1]))
+  active = neurons[:, None], tensors[f"indices/{path}"]
+  rows = np.zeros((shape[-1], math.prod(shape[:-1])), values.dtype)
+  mask = np.zeros(rows.shape, bool)
+  rows[active], mask[active] = values, True
+  return rows.T.reshape(shape), mask.T.reshape(shape)
 
 
 def _crc(tensors: dict[str, np.ndarray]) -> int:
@@ -255,6 +299,8 @@ def load(path: str | pathlib.Path) -> SparseModel:
     width=info["width"],
     dtype=info["precision"],
   )
+  if "hidden" in info:
+    module = module.clone(hidden=info["hidden"])
   return SparseModel(module, _nest(flat), masks, info)
 
 
@@ -280,11 +326,7 @@ def _unpack(
     if kind == "dense":
       flat[path] = tensor
     elif kind == "values":
-      shape = shapes[path]
-      bits = np.unpackbits(tensors[f"mask/{path}"], count=math.prod(shape))
-      mask = bits.astype(bool).reshape(shape)
-      flat[path] = np.zeros(shape, tensor.dtype)
-      flat[path][mask] = tensor
+      flat[path], mask = _unpack_one(tensors, path, shapes[path])
       masks[path.removeprefix("params/")] = mask
   return flat, masks
 
@@ -321,7 +363,9 @@ def evaluate(
   return hits / dataset.num_test
 
 
-def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
+def _export(
+  run: pathlib.Path, out: pathlib.Path, data_dir: str | None, remove_dead: bool
+) -> str:
   """Exports a finished run and returns what to say about it.
 
   Raises:
@@ -346,6 +390,10 @@ def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
     "test_accuracy": summary["test_accuracy"],
     "sparsity": summary["sparsity"],
   }
+  dense = sum(x.nbytes for x in jax.tree.leaves(variables))
+  said = ""
+  if remove_dead:
+    variables, masks, said = _without_dead(variables, masks, info)
   save(out, variables, masks, info)
   loaded = load(out)
   accuracy = evaluate(loaded, dataset)
@@ -356,12 +404,32 @@ def _export(run: pathlib.Path, out: pathlib.Path, data_dir: str | None) -> str:
       f"{accuracy:.2%}, not {summary['test_accuracy']:.2%} as {folder.SUMMARY} "
       "says; nothing is exported"
     )
-  dense = sum(x.nbytes for x in jax.tree.leaves(variables))
   size = out.stat().st_size
   return (
     f"{out}: {size:,} bytes, {size / dense:.1%} of {dense:,} dense; test "
-    f"accuracy {accuracy:.2%} ({summary['test_accuracy']:.2%} in the run)"
+    f"accuracy {accuracy:.2%} ({summary['test_accuracy']:.2%} in the run){said}"
   )
+
+
+def _without_dead(
+  variables: dict[str, Any], masks: dict[str, np.ndarray], info: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, np.ndarray], str]:
+  """The model without dead channels, and what to say; notes them in `info`."""
+  flat = _flatten(variables)
+  smaller, masks = shrink.shrink(flat, masks)
+  before, after = map(shrink.hidden, (flat, smaller))
+  if after != before:
+    info["hidden"] = after
+  all_channels, left = (sum(map(sum, x)) for x in (before, after))
+  size, smaller_size = (
+    sum(x.size for x in tree.values()) for tree in (flat, smaller)
+  )
+  said = (
+    f"; {all_channels - left} of {all_channels} channels inside blocks are "
+    f"removed, {smaller_size / size:.1%} of {size:,} numbers are left, zeros "
+    "counted"
+  )
+  return _nest(smaller), masks, said
 
 
 def _final(
@@ -429,6 +497,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("run", type=pathlib.Path, metavar="RUN")
   parser.add_argument("out", type=pathlib.Path, metavar="OUT")
   parser.add_argument(
+    "--remove-dead",
+    action="store_true",
+    help="leave out the channels inside blocks that are dead for good: a "
+    "smaller network, with the same outputs up to rounding",
+  )
+  parser.add_argument(
     "--data-dir",
     help="folder of the run's data set, to check the accuracy of the file "
     "(default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
@@ -440,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise UsageError(f"OUT {args.out} is there already")
     if not args.out.parent.is_dir():
       raise UsageError(f"OUT {args.out}: there is no folder {args.out.parent}")
-    print(_export(args.run, args.out, args.data_dir))
+    print(_export(args.run, args.out, args.data_dir, args.remove_dead))
 
   return cli.run(command)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from sparseopt_jax import _dataflow
 from sparseopt_jax._numbers import check_type
-from sparseopt_jax._topology import RigL, Topology
+from sparseopt_jax._topology import RigL, SRigL, Topology
 
 
 def forward_flops(
@@ -95,8 +95,9 @@ def training_flops(
 
   The backward pass costs twice the forward pass, so with :math:`f_S` sparse
   and :math:`f_D` dense operations forward, a topology that looks at active
-  weights alone, such as static masks and SET, needs :math:`3 f_S`. RigL's mask
-  updates, one after each :math:`\Delta T` other steps, need the dense gradient:
+  weights alone, such as static masks and SET, needs :math:`3 f_S`. The mask
+  updates of RigL and SRigL, one after each :math:`\Delta T` other steps, need
+  the dense gradient:
 
   .. math::
 
@@ -106,11 +107,12 @@ def training_flops(
   that computes the dense gradient in every step only to mask it does more.
 
   Args:
-    sparse_flops: :math:`f_S`, from `forward_flops` with the densities.
+    sparse_flops: :math:`f_S`, from `forward_flops` with the densities. Of
+      `Magnitude`, which changes them, the mean over the steps.
     dense_flops: :math:`f_D`, from `forward_flops` without.
-    topology: The topology. One that is a `RigL` uses the dense gradient, with
-      its `update_every` for :math:`\Delta T`; any other is taken not to. Dense
-      training: `Static()`, `sparse_flops=dense_flops`.
+    topology: The topology. One that is a `RigL` or an `SRigL` uses the dense
+      gradient, with its `update_every` for :math:`\Delta T`; any other is taken
+      not to. Dense training: `Static()`, `sparse_flops=dense_flops`.
 
   Returns:
     The number of floating-point operations.
@@ -129,7 +131,7 @@ def training_flops(
   """
   is_one = isinstance(topology, Topology) and not isinstance(topology, type)
   check_type(is_one, "topology must be a Topology, as RigL(30_000)", topology)
-  if not isinstance(topology, RigL):
+  if not isinstance(topology, RigL | SRigL):
     return 3 * sparse_flops
   steps = topology.update_every + 1
   return (3 * sparse_flops * steps + dense_flops - sparse_flops) / steps

@@ -211,6 +211,78 @@ def set_update(weights, mask, fraction: float) -> Update:
   return Update(dropped, kept, n)
 
 
+def magnitude_count(t: int, begin: int, end: int, first: int, last: int) -> int:
+  """Returns last + floor(((end - t) / (end - begin))^3 (first - last)).
+
+  With the fraction and its products in float32, and between `last` and `first`.
+  """
+  left = np.float32(end - t) * np.float32(1 / (end - begin))
+  left = np.clip(left, np.float32(0), np.float32(1))
+  more = math.floor(left * left * left * np.float32(first - last))
+  return last + min(more, first - last)
+
+
+def magnitude_update(weights, mask, n: int) -> Update:
+  """Prunes the active weights of smallest magnitude until n are left."""
+  mask = np.asarray(mask, bool)
+  dropped = drop(weights, mask, max(0, int(mask.sum()) - n))
+  return Update(dropped, mask & ~dropped, remaining=0)
+
+
+def constant_fan_in(n: int, live: int, inputs: int) -> int:
+  """Returns the integer nearest to n / live, at least 1 and at most `inputs`.
+
+  >>> [constant_fan_in(n, 4, 3) for n in (1, 5, 6, 7, 20)]
+  [1, 1, 2, 2, 3]
+  """
+  nearest = math.floor(fractions.Fraction(n, live) + fractions.Fraction(1, 2))
+  return min(inputs, max(1, nearest))
+
+
+def srigl_update(
+  weights, mask, gradient, fraction: float, gamma: float, n: int, axis: Axis
+) -> list[tuple[Any, Update]]:
+  """Returns what happens to each neuron, with the index of its weights.
+
+  Drops over the whole layer, ablates neurons with fewer than gamma * fan-in
+  salient weights, and grows the others to equal fan-ins of n weights in all.
+  """
+  _, kept, n_drop = _dropped(weights, mask, fraction)
+  alive = fan_ins(mask, axis) > 0
+  scores = np.abs(np.asarray(gradient).astype(np.float64))
+  for neuron in np.argwhere(~alive):
+    scores[_weights_of(neuron, axis, scores.ndim)] = 0
+  may_grow = ~kept & (scores > 0)
+  grown = largest(scores, min(n_drop, int(may_grow.sum())), may_grow)
+  salient = fan_ins(kept | grown, axis)
+  inputs = scores.size // alive.size
+  left = alive.copy()
+  if alive.any():
+    fan_in = constant_fan_in(n, int(alive.sum()), inputs)
+    needed = np.float32(gamma) * np.float32(fan_in)
+    left &= salient.astype(np.float32) >= needed
+    if left.sum() * inputs < n:
+      left = alive
+    fan_in = constant_fan_in(n, int(left.sum()), inputs)
+  parts = []
+  for neuron in np.ndindex(*left.shape):
+    index = _weights_of(neuron, axis, scores.ndim)
+    n_left = fan_in if left[neuron] else 0
+    parts.append(
+      (index, _fill(mask[index], kept[index], scores[index], n_left))
+    )
+  return parts
+
+
+def _fill(mask, kept, scores, n):
+  """One neuron: what is kept, the first n of it, and the largest scores."""
+  certain = largest(np.zeros(kept.shape), min(n, int(kept.sum())), kept)
+  need = n - int(certain.sum())
+  nonzero = ~certain & ~kept & (scores > 0)
+  certain |= largest(scores, min(need, int(nonzero.sum())), nonzero)
+  return Update(mask & ~kept, certain, n - int(certain.sum()))
+
+
 def permits(update: Update, new_mask) -> bool:
   """Returns whether `new_mask` is one that the update may lead to."""
   new_mask = np.asarray(new_mask, bool)
@@ -241,14 +313,20 @@ def _dropped(weights, mask, fraction):
 class Topology(NamedTuple):
   """When and how the masks change."""
 
-  kind: str = "static"  # "static", "set" or "rigl".
+  kind: str = "static"  # "static", "set", "rigl", "srigl" or "magnitude".
   update_until: int = 0
   update_every: int = 100
   alpha: float | Callable[[int], float] = 0.3  # A function is the fraction.
   grow_from: str = "raw"  # Or "corrected".
+  begin_step: int = 0  # Of "magnitude", which ends with `update_until`.
+  counts: Mapping[str, tuple[int, int]] = {}  # Active weights, first and last.
+  gamma: float = 0.3  # Of "srigl", whose counts are the last ones.
 
   def is_due(self, t: int) -> bool:
     """Returns whether the call with the 0-based count t updates the masks."""
+    if self.kind == "magnitude":
+      regular = range(self.begin_step, self.update_until, self.update_every)
+      return t in [*regular[1:], self.update_until]
     return (
       self.kind != "static"
       and t > 0
@@ -394,13 +472,15 @@ class Run:
     new_masks = {}
     for path, mask in self.masks.items():
       if due and finite:
-        update = self._update(path, gradients[path])
+        parts = self._update(path, gradients[path])
       else:
-        update = Update(np.zeros_like(mask), mask, remaining=0)
-      known = path in chosen
-      new_mask = chosen[path] if known else complete(update, self.rng)
-      new_mask = np.array(new_mask, bool)
-      assert permits(update, new_mask), f"{path}: wrong mask at {self.count}."
+        parts = [(..., Update(np.zeros_like(mask), mask, remaining=0))]
+      new_mask = np.array(chosen.get(path, mask), bool)
+      for index, update in parts:
+        if path not in chosen:
+          new_mask[index] = complete(update, self.rng)
+        is_right = permits(update, new_mask[index])
+        assert is_right, f"{path}: wrong mask at {self.count}."
       new_masks[path] = new_mask
     if due and finite:
       grown = {path: new_masks[path] & ~self.masks[path] for path in new_masks}
@@ -408,13 +488,22 @@ class Run:
     return new_masks
 
   def _update(self, path, gradient):
+    """The update of the layer, or of each neuron; with the index of each."""
     weights, mask = self.params[path], self.masks[path]
+    if self.topology.kind == "magnitude":
+      steps = self.topology.begin_step, self.topology.update_until
+      n = magnitude_count(self.count, *steps, *self.topology.counts[path])
+      return [(..., magnitude_update(weights, mask, n))]
     fraction = self.topology.fraction(self.count)
     if self.topology.kind == "set":
-      return set_update(weights, mask, fraction)
+      return [(..., set_update(weights, mask, fraction))]
+    if self.topology.kind == "srigl":
+      gamma, (_, n) = self.topology.gamma, self.topology.counts[path]
+      options = (fraction, gamma, n, self.axis)
+      return srigl_update(weights, mask, gradient, *options)
     if self.topology.grow_from == "corrected" and path in self.corrected:
       gradient = _scale(gradient, mask, self.axis).astype(self.dtype)
-    return rigl_update(weights, mask, gradient, fraction)
+    return [(..., rigl_update(weights, mask, gradient, fraction))]
 
 
 def simulate(

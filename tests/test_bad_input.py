@@ -59,6 +59,38 @@ CASES = [
     "--drop-fraction 0.7 has no effect with --topology static",
   ),
   (
+    "train --topology magnitude --drop-fraction 0.7",
+    "--drop-fraction 0.7 has no effect with --topology magnitude",
+  ),
+  (
+    "train --topology srigl --grow-from corrected",
+    "--grow-from corrected has no effect with --topology srigl --correction on",
+  ),
+  (
+    "train --initial-sparsity 0.5",
+    "--initial-sparsity 0.5 has no effect with --topology rigl",
+  ),
+  (
+    "train --topology set --update-from 0.1",
+    "--update-from 0.1 has no effect with --topology set",
+  ),
+  (
+    "train --topology magnitude --gamma-sal 0.5",
+    "--gamma-sal 0.5 has no effect with --topology magnitude",
+  ),
+  (
+    "train --topology magnitude --update-from 0.8",
+    r"--update-from must be below --update-until 0\.75, got 0\.8",
+  ),
+  (
+    "train --topology magnitude --initial-sparsity 0.95",
+    r"--initial-sparsity must be at most --sparsity 0\.9, got 0\.95",
+  ),
+  (
+    "train --topology srigl --gamma-sal 1.5",
+    r"--gamma-sal must be in \[0, 1\], got 1\.5",
+  ),
+  (
     "train --topology dense --dense-layers nonsense",
     r"--dense-layers \('nonsense',\) has no effect with --topology dense",
   ),

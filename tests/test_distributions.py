@@ -53,6 +53,33 @@ def test_a_function_may_be_given():
   assert counts == {"a": 4}
 
 
+def test_densities_by_pattern_and_erk_for_the_rest():
+  given = {"stem": 1.0, "[ab]": 0.5, "*a*": 0.25}  # The first that matches.
+  counts = _distributions.active_counts(SHAPES, 0.9, given)
+  densities = {"stem": 1.0, "a": 0.5, "b": 0.5, "head": 0.25}
+  rest = {path: SHAPES[path] for path in ("c", "d")}
+  densities |= oracle.erk(rest, 0.9)
+  assert counts == oracle.active_counts(SHAPES, densities)
+  # The rest has the sparsity that was asked for, whatever the others have.
+  spent = counts["c"] + counts["d"]
+  size = math.prod(rest["c"]) + math.prod(rest["d"])
+  assert spent == pytest.approx(0.1 * size, abs=1)
+
+
+def test_densities_of_all_layers_by_pattern():
+  counts = _distributions.active_counts(SHAPES, 0.9, {"*": 0.5})
+  assert counts == {path: math.prod(SHAPES[path]) // 2 for path in SHAPES}
+
+
+def test_patterns_of_layers_that_are_stacked():
+  """A pattern means the leaf, a whole name also one layer in it."""
+  shapes = {f"blocks/kernel[{i}]": (10, 10) for i in range(3)}
+  shapes["head/kernel"] = (10, 10)
+  given = {"blocks/kernel[1]": 1.0, "*s/kernel": 0.5}
+  counts = _distributions.active_counts(shapes, 0.9, given)
+  assert list(counts.values()) == [50, 100, 50, 10]
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, math.inf])
 @pytest.mark.parametrize("function", [sparseopt_jax.erk, sparseopt_jax.uniform])
 def test_sparsity_outside_its_range(function, sparsity):
@@ -73,11 +100,21 @@ def test_sparsity_of_another_type(sparsity):
     (lambda shapes, _: {}, r"distribution.*\['a'\]"),
     (lambda shapes, _: {"a": 1.5}, r"distribution.*'a'.*1\.5"),
     (lambda shapes, _: {"a": 0.5, "b": 0.5}, r"distribution.*\['b'\]"),
+    ({"a": 0.5, "b/*": 0.5}, r"distribution must match some of a; got 'b/\*'"),
+    ({"a": 0.0}, r"distribution.*\(0, 1\] for 'a'; got 0\.0"),
+    ({"a": 1.5}, r"distribution.*'a'.*1\.5"),
+    ({"A": 0.5}, "distribution.*'A'"),
   ],
 )
 def test_bad_distributions(distribution, message):
   with pytest.raises(ValueError, match=message):
     _distributions.active_counts({"a": (4, 2)}, 0.9, distribution)
+
+
+@pytest.mark.parametrize("distribution", [{"a": "0.5"}, {"a": True}, {1: 0.5}])
+def test_dicts_of_other_types(distribution):
+  with pytest.raises(TypeError, match="distribution must"):
+    sparseopt_jax.sparseopt(0.9, corrected=True, distribution=distribution)
 
 
 def test_empty_layers_are_refused():

@@ -10,7 +10,9 @@ import pytest
 
 import sparseopt_jax
 from sparseopt_jax import SET
+from sparseopt_jax import Magnitude
 from sparseopt_jax import RigL
+from sparseopt_jax import SRigL
 
 PARAMS = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
 
@@ -88,6 +90,15 @@ def raises(error, match):
     (lambda: SET(10, drop_fraction=-0.1), ValueError, r"drop_fraction.*-0\.1"),
     (lambda: SET(10, drop_fraction="x"), TypeError, "drop_fraction.*'x'"),
     (lambda: RigL(10, grow_from="all"), ValueError, "grow_from.*'all'"),
+    (lambda: SRigL(10, gamma_sal=1.5), ValueError, r"gamma_sal.*1\.5"),
+    (lambda: SRigL(10, gamma_sal="x"), TypeError, "gamma_sal.*'x'"),
+    (lambda: SRigL(10, 0), ValueError, "update_every.*0"),
+    (lambda: Magnitude(-1, 9), ValueError, "begin_step.*-1"),
+    (lambda: Magnitude(5, 5), ValueError, r"end_step.*\[6, 2\*\*31.*got 5"),
+    (lambda: Magnitude(5, 9.0), TypeError, r"end_step.*9\.0"),
+    (lambda: Magnitude(5, 9, 0), ValueError, "update_every.*0"),
+    (lambda: Magnitude(5, 9, 1, 1.0), ValueError, r"initial_sparsity.*1\.0"),
+    (lambda: Magnitude(5, 9, 1, "0"), TypeError, "initial_sparsity.*'0'"),
   ],
 )
 def test_at_construction(make, error, message):
@@ -345,3 +356,14 @@ def test_a_state_made_under_another_rule(other):
   )
   with raises(ValueError, match=r"state must be of these.*\['b'\]"):
     other.update(params, link.init(params), params)
+
+
+@pytest.mark.parametrize(
+  ("given", "error"), [(2.0, ValueError), ("x", TypeError)]
+)
+def test_a_function_that_gives_no_gamma(given, error):
+  topology = SRigL(10, 1, gamma_sal=lambda path, leaf: given)
+  tx = link(0.5, topology)
+  state = tx.init(PARAMS)
+  with raises(error, match=f"gamma_sal.*{given!r}"):
+    tx.update(PARAMS, state, PARAMS, update_masks=True)

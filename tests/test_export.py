@@ -8,12 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import tiny
 
 from sparseopt_jax import export
+from sparseopt_jax import models
 from sparseopt_jax import train
 from sparseopt_jax.training import folder
 from sparseopt_jax.training.errors import UsageError
+
+_create = models.create  # Before it is replaced.
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +95,86 @@ def test_sparse_matrices_compute_the_same(exported, kind):
   for path, mask in model.masks.items():
     assert matrices[path].nse == mask.sum()
     assert matrices[path].shape == (mask.shape[-1], mask[..., 0].size)
+
+
+def test_the_command_removes_dead_channels(monkeypatch, tmp_path, capsys):
+  """Of a ResNet-8, in which SRigL has ablated some; it says how many."""
+  monkeypatch.setattr(models, "create", _create)
+  run, paths = tmp_path / "run", [tmp_path / "whole", tmp_path / "smaller"]
+  flags = {"topology": "srigl", "gamma_sal": 1.0, "drop_fraction": 0.6}
+  assert train.main(tiny.arguments(run, width=4, sparsity=0.8, **flags)) == 0
+  assert export.main([str(run), str(paths[0])]) == 0
+  capsys.readouterr()
+  assert export.main([str(run), str(paths[1]), "--remove-dead"]) == 0
+  printed = capsys.readouterr().out
+  whole, smaller = map(export.load, paths)
+  removed = 4 + 8 + 16 - sum(map(sum, smaller.info["hidden"]))
+  assert removed
+  assert f"{removed} of 28 channels inside blocks are removed" in printed
+  images = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+  expected = whole.module.apply(whole.variables, images, train=False)
+  got = smaller.module.apply(smaller.variables, images, train=False)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+  sizes = [
+    sum(x.size for x in jax.tree.leaves(model.variables))
+    for model in (whole, smaller)
+  ]
+  assert f"{sizes[1] / sizes[0]:.1%} of {sizes[0]:,} numbers" in printed
+  got = smaller.apply_sparse(images, smaller.matrices())
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def condensed(tmp_path_factory):
+  """A finished run of SRigL, with ablated neurons, and its file."""
+  path = tmp_path_factory.mktemp("condensed")
+  flags = {"topology": "srigl", "gamma_sal": 1.0, "drop_fraction": 0.6}
+  with pytest.MonkeyPatch.context() as patch:
+    tiny.use(patch)
+    assert train.main(tiny.arguments(path / "run", **flags)) == 0
+    assert export.main([str(path / "run"), str(path / "model")]) == 0
+  return path / "run", path / "model"
+
+
+def test_constant_fan_in_is_condensed(condensed):
+  """Values and indices, a row for each live neuron."""
+  run, path = condensed
+  state = tiny.restored(run)
+  file = safetensors.safe_open(path, framework="numpy")
+  dead = 0
+  for name in ("Conv_1", "Dense_0"):
+    kernel = np.asarray(state.params[name]["kernel"])
+    mask = np.asarray(tiny.masks(state)[name]["kernel"])
+    values = file.get_tensor(f"values/params/{name}/kernel")
+    indices = file.get_tensor(f"indices/params/{name}/kernel")
+    assert f"mask/params/{name}/kernel" not in file.keys()  # noqa: SIM118
+    live = [i for i in range(mask.shape[-1]) if mask[..., i].any()]
+    dead += mask.shape[-1] - len(live)
+    if len(live) < mask.shape[-1]:
+      neurons = file.get_tensor(f"neurons/params/{name}/kernel")
+      np.testing.assert_array_equal(neurons, live)
+    assert (
+      values.shape == indices.shape == (len(live), mask[..., live[0]].sum())
+    )
+    for row, i in enumerate(live):
+      np.testing.assert_array_equal(
+        indices[row], np.flatnonzero(mask[..., i].ravel())
+      )
+      np.testing.assert_array_equal(
+        values[row], kernel[..., i].ravel()[indices[row]]
+      )
+  assert dead, "a neuron was to be ablated"
+
+
+def test_load_of_a_condensed_model(condensed):
+  run, path = condensed
+  state = tiny.restored(run)
+  model = export.load(path)
+  expected = {"params": state.params, "batch_stats": state.batch_stats}
+  jax.tree.map(np.testing.assert_array_equal, dict(model.variables), expected)
+  for name, mask in model.masks.items():
+    kernel = tiny.masks(state)[name.removesuffix("/kernel")]["kernel"]
+    np.testing.assert_array_equal(mask, kernel)
 
 
 def test_the_command_says_sizes_and_accuracy(exported, tmp_path, capsys):

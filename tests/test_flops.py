@@ -198,6 +198,9 @@ def test_training_by_hand():
   assert flops.training_flops(10.0, 10.0, static) == 30
   rigl = _topology.RigL(update_until=10, update_every=3)
   assert flops.training_flops(1.0, 10.0, rigl) == (3 * 3 + 2 + 10) / 4
+  srigl = _topology.SRigL(update_until=10, update_every=3)
+  assert flops.training_flops(1.0, 10.0, srigl) == (3 * 3 + 2 + 10) / 4
+  assert flops.training_flops(1.0, 10.0, _topology.Magnitude(0, 10)) == 3
   # Nothing is saved where nothing is sparse.
   assert flops.training_flops(10.0, 10.0, rigl) == 30
 

@@ -23,8 +23,10 @@ LAYERS = [
 ]
 PUBLIC = {
   "Layer",
+  "Magnitude",
   "RigL",
   "SET",
+  "SRigL",
   "SparseOptState",
   "SparsifyState",
   "Static",

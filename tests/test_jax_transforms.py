@@ -35,8 +35,14 @@ def _loss(params, inputs):
   return jnp.mean((outputs - inputs[:, :3]) ** 2)
 
 
-def _optimizer(seed, form="wrapped", drop_fraction=0.5):
-  topology = sparseopt_jax.RigL(2 * STEPS, 3, drop_fraction)
+OTHERS = {
+  "Magnitude": sparseopt_jax.Magnitude(0, STEPS - 1, 3, 0.2),
+  "SRigL": sparseopt_jax.SRigL(STEPS, 3, 0.5, gamma_sal=0.9),
+}
+
+
+def _optimizer(seed, form="wrapped", drop_fraction=0.5, topology=None):
+  topology = topology or sparseopt_jax.RigL(2 * STEPS, 3, drop_fraction)
   inner = optax.chain(
     optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9)
   )
@@ -118,6 +124,22 @@ def test_vmap_over_seeds(loops):
     _assert_same_run(mine, loops[i])
   checksums = jax.vmap(sparseopt_jax.masks_checksum)(opt_state)
   assert len(set(np.asarray(checksums).tolist())) == len(SEEDS)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_vmap_over_seeds_of_other_topologies(name):
+  def train(seed):
+    tx = _optimizer(seed, topology=OTHERS[name])
+    body = lambda i, carry: _step(tx, "wrapped", carry, i)
+    return lax.fori_loop(0, STEPS, body, _start(tx, seed))
+
+  together = jax.jit(jax.vmap(train))(SEEDS)
+  for i, seed in enumerate(SEEDS):
+    mine = jax.tree.map(lambda x, i=i: x[i], together)
+    _assert_same_run(mine, jax.jit(train)(seed))
+  masks = jax.vmap(lambda seed: _optimizer(seed).init(_params(seed)))(SEEDS)
+  before, after = map(sparseopt_jax.get_masks, (masks, together[1]))
+  assert (before["hidden"]["kernel"] != after["hidden"]["kernel"]).any()
 
 
 def test_vmap_over_typed_keys():

@@ -293,6 +293,59 @@ def test_set_update_by_hand():
   assert len({tuple(mask) for mask in drawn}) == 6  # Every pair out of four.
 
 
+def test_magnitude_count_by_hand():
+  # Three of four steps are left, then two, one and none: 27, 8 and 1 of 64.
+  counts = [oracle.magnitude_count(t, 4, 12, 84, 20) for t in range(4, 13, 2)]
+  assert counts == [84, 47, 28, 21, 20]
+  assert oracle.magnitude_count(5, 4, 7, 10, 1) == 1 + 2  # floor(9 * 8 / 27).
+  assert oracle.magnitude_count(0, 4, 12, 84, 20) == 84
+  assert oracle.magnitude_count(13, 4, 12, 84, 20) == 20
+
+
+def test_magnitude_update_by_hand():
+  mask = np.array([1, 1, 0, 1, 1], bool)
+  update = oracle.magnitude_update([-1, 3, 9, 1, 2], mask, 2)
+  np.testing.assert_array_equal(np.flatnonzero(update.dropped), [0, 3])
+  np.testing.assert_array_equal(np.flatnonzero(update.certain), [1, 4])
+  kept = oracle.magnitude_update([-1, 3, 9, 1, 2], mask, 5)
+  np.testing.assert_array_equal(kept.certain, mask)
+
+
+def test_magnitude_prunes_on_its_grid_and_at_its_end():
+  topology = oracle.Topology("magnitude", 17, 5, begin_step=5)
+  assert [t for t in range(40) if topology.is_due(t)] == [10, 15, 17]
+
+
+def srigl_by_hand(gradient, gamma):
+  """Three neurons of fan-in 2 out of 4; the smallest three weights go."""
+  weights = np.array([[9, 1, 2], [8, 0, 7], [0, 3, 0], [0, 0, 0]])
+  parts = oracle.srigl_update(
+    weights, weights != 0, np.array(gradient), 0.5, gamma, 6, -1
+  )
+  assert not any(update.remaining for _, update in parts)
+  return np.stack([update.certain for _, update in parts], axis=-1)
+
+
+def test_srigl_update_by_hand():
+  # Neuron 0 keeps both weights, neuron 1 none, neuron 2 its 7. The three
+  # largest gradients elsewhere are two of neuron 0 and one of neuron 1.
+  gradient = [[0, 1, 2], [0, 2, 0], [8, 3, 1], [7, 0, 1]]
+  expected = [[1, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]]
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 0.5), expected)
+  # Salient are 4, 1 and 1 weights. With at least 2 only neuron 0 would be left,
+  # which cannot hold six weights. So nothing is ablated.
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 1.0), expected)
+
+
+def test_srigl_ablates_by_hand():
+  # Salient are 4, 0 and 2: neuron 1 goes, and the others have fan-ins of 3.
+  gradient = [[0, 1, 4], [0, 2, 0], [8, 3, 1], [7, 0, 1]]
+  expected = [[1, 0, 1], [1, 0, 1], [1, 0, 1], [0, 0, 0]]
+  np.testing.assert_array_equal(srigl_by_hand(gradient, 0.5), expected)
+  # It takes fewer than gamma * 2, so half a weight does not do it.
+  assert srigl_by_hand(gradient, 0.0).sum(0).tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_updates_conserve_the_number_of_active_weights(fraction, density):

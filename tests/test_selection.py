@@ -258,7 +258,8 @@ def test_stacked_layers_in_all_that_trains(large, monkeypatch):
     key, now = jnp.array([3, 5], jnp.uint32), jnp.int32(3)
     # `draw` would remember blocks of other sizes.
     first = _selection.draw.__wrapped__(key, counts, shapes, stacked)
-    pruned = _selection.keep_largest(weights, counts, stacked)
+    every = [jnp.ones_like(layer.mask) for layer in layers]
+    pruned = _selection.keep_largest(weights, every, counts, stacked)
     return [
       first,
       pruned,

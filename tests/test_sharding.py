@@ -19,6 +19,8 @@ STEPS = 5
 TOPOLOGIES = {
   "RigL": sparseopt_jax.RigL(10, update_every=2, drop_fraction=0.5),
   "SET": sparseopt_jax.SET(10, update_every=2, drop_fraction=0.5),
+  "Magnitude": sparseopt_jax.Magnitude(0, 4, update_every=2),
+  "SRigL": sparseopt_jax.SRigL(10, 2, drop_fraction=0.5, gamma_sal=0.9),
 }
 # Two layers of one shape are laid out differently: along inputs and outputs.
 SPECS = {
@@ -129,7 +131,14 @@ def test_init_under_jit():
 
 
 @pytest.mark.parametrize(
-  ("topology", "in_context"), [("RigL", True), ("RigL", False), ("SET", True)]
+  ("topology", "in_context"),
+  [
+    ("RigL", True),
+    ("RigL", False),
+    ("SET", True),
+    ("Magnitude", True),
+    ("SRigL", True),
+  ],
 )
 def test_explicit_axes(topology, in_context):
   mesh = _mesh(AxisType.Explicit)
@@ -206,8 +215,8 @@ def _data_parallel_step(tx, average, params, opt_state, inputs):
 
 
 @functools.cache
-def _one_device_on_all_data():
-  tx = _optimizer("RigL")
+def _one_device_on_all_data(topology):
+  tx = _optimizer(topology)
   step = jax.jit(
     functools.partial(_data_parallel_step, tx, lambda gradients: gradients)
   )
@@ -219,8 +228,8 @@ def _one_device_on_all_data():
   return params, opt_state
 
 
-def _assert_same_as_on_all_data(params, opt_state):
-  expected_params, expected_state = _one_device_on_all_data()
+def _assert_same_as_on_all_data(params, opt_state, topology="RigL"):
+  expected_params, expected_state = _one_device_on_all_data(topology)
   masks = map(sparseopt_jax.get_masks, (opt_state, expected_state))
   jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, masks))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -280,9 +289,12 @@ def _replicated(tree):
   return jax.tree.map(lambda x: jnp.stack([x] * 8), tree)
 
 
-@pytest.mark.parametrize("averaged", [True, False])
-def test_pmap(averaged):
-  tx = _optimizer("RigL")
+@pytest.mark.parametrize(
+  ("topology", "averaged"),
+  [("RigL", True), ("RigL", False), ("Magnitude", True), ("SRigL", True)],
+)
+def test_pmap(topology, averaged):
+  tx = _optimizer(topology)
   average = _mean_over_data if averaged else lambda gradients: gradients
   step = jax.pmap(
     functools.partial(_data_parallel_step, tx, average), axis_name="data"
@@ -298,7 +310,7 @@ def test_pmap(averaged):
   if averaged:
     sparseopt_jax.assert_replicas_agree(opt_state)
     first = jax.tree.map(lambda x: x[0], (params, opt_state))
-    _assert_same_as_on_all_data(*first)
+    _assert_same_as_on_all_data(*first, topology)
   else:
     with pytest.raises(AssertionError, match="Average the gradients"):
       sparseopt_jax.assert_replicas_agree(opt_state)

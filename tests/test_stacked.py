@@ -88,6 +88,22 @@ def test_a_distribution_sees_each_layer_by_name():
   np.testing.assert_array_equal(active, expected)
 
 
+def test_a_dict_of_densities_names_a_leaf_or_a_layer_in_it():
+  given = {"blocks/up/kernel[3]": 0.5, "blocks/up/*": 0.25, "head/*": 1.0}
+  link = sparseopt_jax.sparseopt(
+    0.9, stacked=_rule, corrected=True, distribution=given
+  )
+  masks = sparseopt_jax.get_masks(link.init(_stacked()))
+  expected = np.full(BLOCKS, 8 * 24 // 4)
+  expected[3] = 8 * 24 // 2
+  active = np.asarray(masks["blocks"]["up"]["kernel"].sum((1, 2)))
+  np.testing.assert_array_equal(active, expected)
+  assert masks["head"]["kernel"].all()
+  # The rest is 24 layers alike, at the sparsity of the link.
+  active = np.asarray(masks["blocks"]["down"]["kernel"].sum((1, 2)))
+  np.testing.assert_array_equal(active, np.full(BLOCKS, round(0.1 * 8 * 24)))
+
+
 @pytest.mark.parametrize("large", [10, 10**7])
 def test_rigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
   """In blocks of small layers, and as large leaves of their own."""
@@ -121,6 +137,67 @@ def test_rigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
           expected = found.certain
         np.testing.assert_array_equal(of(new)[i], expected)
       assert not of(params)[~of(new)].any()
+
+
+@pytest.mark.parametrize("large", [10, 10**7])
+def test_magnitude_prunes_each_slice_as_the_oracle_does(large, monkeypatch):
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  topology = sparseopt_jax.Magnitude(0, 3, 1, initial_sparsity=0.3)
+  link = sparseopt_jax.sparseopt(
+    0.8, topology, stacked=_rule, corrected=True, distribution="uniform"
+  )
+  params = _stacked()
+  state = link.init(params)
+  update = jax.jit(link.update)
+  for step in range(4):
+    old = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    # As they are, not masked: weights outside the masks count for nothing.
+    _, state = update(params, state, params)
+    new = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    for i in range(BLOCKS):
+      size = old[i].size
+      first, last = round(0.7 * size), round(0.2 * size)
+      n = oracle.magnitude_count(step, 0, 3, first, last)
+      weights = params["blocks"]["up"]["kernel"][i]
+      expected = oracle.magnitude_update(weights, old[i], n)
+      np.testing.assert_array_equal(new[i], expected.certain)
+      assert new[i].sum() == n
+
+
+@pytest.mark.parametrize("large", [10, 10**7])
+def test_srigl_updates_each_slice_as_the_oracle_does(large, monkeypatch):
+  monkeypatch.setattr(_packing, "_LARGE", large)
+  topology = sparseopt_jax.SRigL(100, 1, 0.5, gamma_sal=0.8)
+  link = sparseopt_jax.sparseopt(
+    0.8, topology, stacked=_rule, corrected=True, distribution="uniform"
+  )
+  params = _stacked()
+  state = link.init(params)
+  update = jax.jit(link.update)
+  rng = np.random.default_rng(1)
+  lost = 0
+  for step in range(4):
+    gradients = jax.tree.map(
+      lambda x: rng.normal(size=x.shape).astype(np.float32), params
+    )
+    old = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    _, state = update(gradients, state, params)
+    new = np.asarray(state.masks["blocks"]["up"]["kernel"])
+    fraction = oracle.drop_fraction(0.5, step, 100)
+    for i in range(BLOCKS):
+      weights = params["blocks"]["up"]["kernel"][i]
+      gradient = gradients["blocks"]["up"]["kernel"][i]
+      n = round(0.2 * old[i].size)
+      if step == 0:
+        assert set(oracle.fan_ins(old[i])) == {round(n / 24)}
+        continue
+      for index, part in oracle.srigl_update(
+        weights, old[i], gradient, fraction, 0.8, n, -1
+      ):
+        assert part.remaining == 0
+        np.testing.assert_array_equal(new[i][index], part.certain)
+      lost += (oracle.fan_ins(new[i]) == 0).sum()
+  assert lost
 
 
 def test_the_correction_is_that_of_each_slice():

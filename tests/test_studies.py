@@ -329,6 +329,18 @@ def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
   assert grid.run(of(0, 1, 2, 3), together, 1) == more
 
 
+@pytest.mark.parametrize("condition", ["srigl-95", "magnitude-95"])
+def test_conditions_of_other_topologies(data_dir, tmp_path, condition):
+  words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
+  args = arguments(cells.add_training, tmp_path, *words)
+  config = cells.config(args, condition, cells.SPARSEOPT, 1, 0.1, 0)
+  name = cells.name(config)
+  assert name == f"{condition}-on-1epochs-lr0.1-seed0"
+  runs = grid.run({name: config}, tmp_path, 1)
+  (line,) = runs[name].lines
+  assert line["sparsity"] == pytest.approx(0.95, abs=0.02)
+
+
 def test_runs_of_another_optimiser_are_refused(tmp_path):
   config = dataclasses.replace(CONFIG, correction="off")
   leave(tmp_path / "one", config, [0.5])

@@ -182,6 +182,11 @@ def test_a_class_that_inherits_nothing():
     def update_masks(self, layers, count, key):
       return [jnp.roll(layer.mask, 1) for layer in layers]
 
+    def first_masks(self, layers, key):
+      return [
+        jnp.arange(x.weight.size).reshape(x.weight.shape) < 9 for x in layers
+      ]
+
     def init(self, layer):
       return ()
 
@@ -190,8 +195,50 @@ def test_a_class_that_inherits_nothing():
 
   assert isinstance(Bare(), sparseopt_jax.Topology)
   (_, first), _, (_, last) = _steps(Bare(), 2)
+  assert [int(x.sum()) for x in jax.tree.leaves(first.masks)] == [9, 9]
   expected = np.roll(np.asarray(first.masks["a"]["kernel"]), 1)
   np.testing.assert_array_equal(last.masks["a"]["kernel"], expected)
+
+
+def test_gradual_pruning_starts_from_given_masks_and_never_adds():
+  """Sparser than the schedule they stay, denser they come down to it."""
+  few = np.arange(12 * 9).reshape(12, 9) < 20
+  masks = {"a": {"kernel": few}, "b": {"kernel": np.ones((3, 3, 4, 6), bool)}}
+  topology = sparseopt_jax.Magnitude(0, 4, 2, initial_sparsity=0.5)
+  *_, (_, half), _, (_, link) = _steps(topology, 5, masks=masks)
+  np.testing.assert_array_equal(link.masks["a"]["kernel"], few)
+  counts = [int(x.masks["b"]["kernel"].sum()) for x in (half, link)]
+  size = 3 * 3 * 4 * 6
+  last = round(TARGETS["b/kernel"] * size)
+  assert counts == [last + (size // 2 - last) // 8, last]
+
+
+def test_everything_is_active_before_gradual_pruning_begins():
+  *_, (_, link), (_, after) = _steps(sparseopt_jax.Magnitude(1, 5, 2), 4)
+  assert all(x.all() for x in jax.tree.leaves(link.masks))
+  assert not any(x.all() for x in jax.tree.leaves(after.masks))
+
+
+@pytest.mark.parametrize("salient", [0, 1])
+def test_a_weight_without_gradient_is_not_salient(salient):
+  """Neuron 1 loses both weights and would regain some by chance alone.
+
+  It needs one that is salient, half its fan-in.
+  """
+  weight = jnp.tile(jnp.array([[8.0, 1.0]]), (4, 1))
+  mask = np.arange(8).reshape(4, 2) < 4
+  topology = sparseopt_jax.SRigL(9, 1, lambda count: 0.5, gamma_sal=0.5)
+  for seed in range(5):
+    link = sparseopt_jax.sparseopt(
+      0.5, topology, corrected=False, masks=mask, seed=seed
+    )
+    gradient = jnp.zeros_like(weight).at[3, 1].set(salient)
+    _, state = link.update(
+      gradient, link.init(weight), weight, update_masks=True
+    )
+    expected = [2, 2] if salient else [4, 0]
+    np.testing.assert_array_equal(state.masks.sum(0), expected)
+    assert state.masks[3, 1] == bool(salient)
 
 
 def test_static_is_never_due():

@@ -1,6 +1,8 @@
 """The step, the layouts over devices, and the parts of the loop."""
 
+import dataclasses
 import functools
+import signal
 import time
 
 import jax
@@ -242,16 +244,65 @@ def test_without_warm_up_the_first_step_has_the_peak():
     ("static", sparseopt_jax.Static),
     ("set", sparseopt_jax.SET),
     ("rigl", sparseopt_jax.RigL),
+    ("srigl", sparseopt_jax.SRigL),
   ],
 )
 def test_topology_has_the_flags(name, kind):
   config = Config(topology=name, update_every=7, drop_fraction=0.2)
   found = optimizer.topology(config, 1000)
-  assert isinstance(found, kind)
+  assert type(found) is kind
   if name != "static":
     assert found.update_until == 750
     assert found.update_every == 7
     assert found.drop_fraction == 0.2
+
+
+def test_magnitude_has_the_flags():
+  config = Config(
+    topology="magnitude", update_every=7, update_from=0.25, initial_sparsity=0.2
+  )
+  expected = sparseopt_jax.Magnitude(250, 749, 7, 0.2)
+  assert optimizer.topology(config, 1000) == expected
+  # It ends within the run, however late and short that is.
+  late = dataclasses.replace(config, update_until=1.0)
+  assert optimizer.topology(late, 1000).end_step == 999
+  assert optimizer.topology(config, 3).end_step == 2
+
+
+def test_srigl_ablates_where_batch_norm_follows():
+  config = Config(topology="srigl", gamma_sal=0.4)
+  gamma = optimizer.topology(config, 1000, ("Conv_0/kernel",)).gamma_sal
+  assert gamma("Conv_0/kernel", None) == 0.4
+  assert gamma("Dense_0/kernel", None) == 0.0
+
+
+@pytest.mark.parametrize("name", ["srigl", "magnitude"])
+def test_trains_with_each_topology(name, monkeypatch, tmp_path):
+  """A run stopped in between ends as the undisturbed one, bit for bit."""
+  tiny.use(monkeypatch)
+  flags = {"topology": name}
+  if name == "srigl":
+    flags |= {"gamma_sal": 0.9, "drop_fraction": 0.5}
+  assert train.main(tiny.arguments(tmp_path / "whole", **flags)) == 0
+  masks = jax.tree.leaves(tiny.masks(tiny.restored(tmp_path / "whole")))
+  size = sum(mask.size for mask in masks)
+  assert sum(mask.sum() for mask in masks) == pytest.approx(0.4 * size, rel=0.1)
+  counts = [np.sum(mask, axis=tuple(range(mask.ndim - 1))) for mask in masks]
+  is_equal = [len({*count.tolist()} - {0}) == 1 for count in counts]
+  assert all(is_equal) == (name == "srigl")
+  assert counts[-1].all()  # All classes, whatever was ablated before.
+
+  def stop(now, batch):
+    if now == 6:
+      signal.raise_signal(signal.SIGTERM)
+    return batch
+
+  tiny.use(monkeypatch, stop)
+  parts = tmp_path / "parts"
+  assert train.main(tiny.arguments(parts, **flags)) == 143
+  tiny.use(monkeypatch)
+  assert train.main(tiny.arguments(parts, **flags, resume=True)) == 0
+  tiny.assert_same_run(tmp_path / "whole", parts)
 
 
 def test_dense_layers_are_patterns(monkeypatch):

@@ -1,5 +1,7 @@
 """Whole runs of the transformation against the oracle, step by step."""
 
+import fractions
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,10 @@ PARAMS = {
   "Dense_0/bias": (10,),
 }
 SPARSE = [path for path in PARAMS if path.endswith("kernel")]
+SHAPES = {path: PARAMS[path] for path in SPARSE}
+COUNTS = oracle.active_counts(SHAPES, oracle.erk(SHAPES, 0.8))
+# From a sparsity of 0.4, but for layers that end denser.
+FIRST = {p: max(COUNTS[p], round(0.6 * np.prod(SHAPES[p]))) for p in SPARSE}
 TOPOLOGIES = {
   "static": (sparseopt_jax.Static(), oracle.Topology()),
   "set": (
@@ -31,7 +37,28 @@ TOPOLOGIES = {
     sparseopt_jax.RigL(1_000, EVERY, grow_from="corrected"),
     oracle.Topology("rigl", 1_000, EVERY, grow_from="corrected"),
   ),
+  "magnitude": (
+    sparseopt_jax.Magnitude(3, 22, EVERY, 0.4),
+    oracle.Topology(
+      *("magnitude", 22, EVERY),
+      begin_step=3,
+      counts={p: (FIRST[p], COUNTS[p]) for p in SPARSE},
+    ),
+  ),
 }
+TOPOLOGIES |= {
+  name: (
+    sparseopt_jax.SRigL(1_000, EVERY, alpha, gamma_sal=gamma),
+    oracle.Topology(
+      *("srigl", 1_000, EVERY, alpha),
+      counts={p: (COUNTS[p], COUNTS[p]) for p in SPARSE},
+      gamma=gamma,
+    ),
+  )
+  for name, alpha, gamma in [("srigl", 0.3, 0.0), ("srigl_ablated", 0.5, 0.9)]
+}
+CONSTANT = [name for name in TOPOLOGIES if name != "magnitude"]
+UNSTRUCTURED = [name for name in CONSTANT if not name.startswith("srigl")]
 
 
 def random_params(seed=0, dtype=np.float32):
@@ -106,7 +133,7 @@ def run_both(name, steps, *, ties=False, dtype=np.float32, follow=True):
 
 # Corrected scores are rounded, so exact ties would be broken by the rounding.
 RUNS = [(name, False) for name in TOPOLOGIES]
-RUNS += [("set", True), ("rigl", True)]
+RUNS += [("set", True), ("rigl", True), ("srigl_ablated", True)]
 
 
 @pytest.mark.parametrize(("name", "ties"), RUNS)
@@ -142,25 +169,130 @@ def test_float64_run_stays_with_the_oracle_on_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", CONSTANT)
 def test_a_thousand_steps_agree_with_the_oracle(name):
-  run_both(name, 1_000, ties=name in ("set", "rigl"))
+  run_both(name, 1_000, ties=(name, True) in RUNS)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.slow
+def test_a_thousand_steps_of_gradual_pruning_agree_with_the_oracle(monkeypatch):
+  counts = TOPOLOGIES["magnitude"][1].counts
+  both = (
+    sparseopt_jax.Magnitude(100, 901, EVERY, 0.4),
+    oracle.Topology("magnitude", 901, EVERY, begin_step=100, counts=counts),
+  )
+  monkeypatch.setitem(TOPOLOGIES, "magnitude", both)
+  *_, record = run_both("magnitude", 1_000)
+  assert {path: record.masks[path].sum() for path in SPARSE} == COUNTS
+
+
+@pytest.mark.parametrize("name", UNSTRUCTURED)
 def test_number_of_active_weights_never_changes(name):
   tx, step = start(TOPOLOGIES[name][0])
   params = random_params()
   opt_state = tx.init(params)
   params = sparseopt_jax.apply_masks(params, opt_state)
-  counts = oracle.active_counts(
-    {p: PARAMS[p] for p in SPARSE},
-    oracle.erk({p: PARAMS[p] for p in SPARSE}, 0.8),
-  )
   for t in range(31):
     params, opt_state = step(params, opt_state, random_gradients(t))
     masks = masks_of(opt_state)
-    assert {path: mask.sum() for path, mask in masks.items()} == counts
+    assert {path: mask.sum() for path, mask in masks.items()} == COUNTS
+
+
+def _fan_ins_of_a_run(name, steps, **options):
+  """The fan-ins of all live neurons of each layer, after each step."""
+  tx, step = start(TOPOLOGIES[name][0], **options)
+  params = random_params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  for t in range(steps):
+    masks = masks_of(opt_state)
+    yield {p: oracle.fan_ins(mask) for p, mask in masks.items()}, opt_state
+    params, opt_state = step(params, opt_state, random_gradients(t))
+
+
+def test_constant_fan_in_without_ablation():
+  """From the first masks on; then the correction is the identity."""
+  nearest = {p: round(COUNTS[p] / PARAMS[p][-1]) for p in SPARSE}
+  masks = set()
+  for fan_ins, opt_state in _fan_ins_of_a_run("srigl", 22):
+    assert {p: set(f) for p, f in fan_ins.items()} == {
+      p: {nearest[p]} for p in SPARSE
+    }
+    masks.add(int(sparseopt_jax.masks_checksum(opt_state)))
+    assert all(np.all(factor == 1) for factor in opt_state.link.factors)
+  assert len(masks) == 5
+
+
+def test_constant_fan_in_gives_the_gradient_back_bit_for_bit():
+  topology = sparseopt_jax.SRigL(100, 1, 0.5, gamma_sal=0.0)
+  link = sparseopt_jax.sparseopt(0.8, topology, corrected=True)
+  params = random_params()
+  state = link.init(params)
+  update = jax.jit(link.update)
+  for t in range(4):
+    gradients = random_gradients(t)
+    before = sparseopt_jax.get_masks(state)
+    got, state = update(gradients, state, params)
+    after = sparseopt_jax.get_masks(state)
+    for path in SPARSE:
+      stays = np.asarray(before[path] & after[path])
+      expected = np.where(stays, gradients[path], np.float32(0))
+      np.testing.assert_array_equal(got[path], expected)
+      assert t == 0 or not stays.all()
+
+
+def test_ablated_neurons_stay_so_and_the_others_share_their_weights():
+  dead = {p: np.zeros(PARAMS[p][-1], bool) for p in SPARSE}
+  for fan_ins, opt_state in _fan_ins_of_a_run("srigl_ablated", 32):
+    for path, factor in zip(SPARSE, opt_state.link.factors, strict=True):
+      f, inputs = fan_ins[path], int(np.prod(PARAMS[path][:-1]))
+      assert not f[dead[path]].any()
+      dead[path] = f == 0
+      live = f[f > 0]
+      expected = oracle.constant_fan_in(COUNTS[path], live.size, inputs)
+      assert set(live) == {expected}
+      assert abs(f.sum() - COUNTS[path]) <= live.size / 2
+      np.testing.assert_allclose(
+        np.ravel(factor), np.where(f, np.sqrt(f.size / live.size), 0), rtol=1e-6
+      )
+  # Convolutions have lost neurons; the denser classifier could not.
+  assert dead["Conv_1/kernel"].any()
+
+
+def test_ablation_by_layer():
+  gamma = lambda path, leaf: 0.0 if path == "Conv_1/kernel" else 0.9
+  topology = sparseopt_jax.SRigL(1_000, EVERY, 0.5, gamma_sal=gamma)
+  tx, step = start(topology)
+  params = random_params()
+  opt_state = tx.init(params)
+  for t in range(32):
+    params, opt_state = step(params, opt_state, random_gradients(t))
+  fan_ins = {p: oracle.fan_ins(m) for p, m in masks_of(opt_state).items()}
+  assert fan_ins["Conv_1/kernel"].all()
+  assert not fan_ins["Conv_0/kernel"].all()
+
+
+def test_gradual_pruning_by_the_cubic():
+  """The counts of all layers, against the equation in exact fractions."""
+  tx, step = start(TOPOLOGIES["magnitude"][0])
+  params = random_params()
+  opt_state = tx.init(params)
+  params = sparseopt_jax.apply_masks(params, opt_state)
+  counts = [{path: mask.sum() for path, mask in masks_of(opt_state).items()}]
+  for t in range(35):
+    params, opt_state = step(params, opt_state, random_gradients(t))
+    masks = masks_of(opt_state)
+    counts.append({path: mask.sum() for path, mask in masks.items()})
+  assert counts[0] == FIRST
+  assert FIRST["Dense_0/kernel"] == COUNTS["Dense_0/kernel"] > 0.6 * 80
+  due = [t for t in range(35) if counts[t + 1] != counts[t]]
+  assert due == [8, 13, 18, 22]
+  for t in due:
+    left = fractions.Fraction(22 - t, 22 - 3) ** 3
+    for path in SPARSE:
+      expected = COUNTS[path] + left * (FIRST[path] - COUNTS[path])
+      assert 0 <= expected - counts[t + 1][path] < 1
+  assert counts[-1] == COUNTS
 
 
 def test_the_state_holds_what_its_fields_say():

@@ -526,8 +526,10 @@ def test_false_of_numpy_turns_the_correction_off():
     sparseopt_jax.Static(),
     sparseopt_jax.SET(100, 2),
     sparseopt_jax.RigL(100, 2, grow_from="corrected"),
+    sparseopt_jax.SRigL(100, 2),
+    sparseopt_jax.Magnitude(0, 4, 2),
   ],
-  ids=["static", "set", "rigl"],
+  ids=["static", "set", "rigl", "srigl", "magnitude"],
 )
 def test_strict_dtype_promotion(dtype, topology):
   params = {"a": _array(6, 4).astype(dtype), "b": _array(4).astype(dtype)}
@@ -544,7 +546,13 @@ def test_strict_dtype_promotion(dtype, topology):
 
 
 @pytest.mark.parametrize(
-  "topology", [sparseopt_jax.SET(100, 2), sparseopt_jax.RigL(100, 2)]
+  "topology",
+  [
+    sparseopt_jax.SET(100, 2),
+    sparseopt_jax.RigL(100, 2),
+    sparseopt_jax.SRigL(100, 2),
+    sparseopt_jax.Magnitude(0, 4, 2),
+  ],
 )
 def test_strict_dtype_promotion_with_64_bit_types(topology):
   params = {"a": _array(6, 4).astype(np.float32), "b": np.ones(4, np.float32)}

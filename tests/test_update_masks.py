@@ -17,6 +17,8 @@ TOPOLOGIES = [
   sparseopt_jax.SET(update_until=9, update_every=3),
   sparseopt_jax.RigL(update_until=9, update_every=3),
   topologies.GrowBySum(update_until=9, update_every=3),
+  sparseopt_jax.Magnitude(1, 8, update_every=3),
+  sparseopt_jax.SRigL(9, update_every=3, drop_fraction=0.5, gamma_sal=0.9),
 ]
 
 
@@ -82,6 +84,8 @@ def test_is_due_on_the_host():
   assert due == [3, 6]
   assert topology.is_due(3) is True
   assert topology.is_due(4) is False
+  topology = sparseopt_jax.Magnitude(4, 11, update_every=3)
+  assert [i for i in range(20) if topology.is_due(i)] == [7, 10, 11]
 
 
 def _program(tx, params, update_masks, platform):

@@ -10,7 +10,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import itertools
 
 from flax import linen as nn
 import jax
@@ -69,17 +70,20 @@ class BasicBlock(nn.Module):
     stride: Stride of the first convolution and of the shortcut.
     dtype: What to compute in.
     axis_name: Mapped axis of the batch statistics, or None.
+    hidden: Channels of the first convolution, if others.
   """
 
   features: int
   stride: int
   dtype: DTypeLike
   axis_name: str | None
+  hidden: Sequence[int] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """(b, h, w, c) -> (b, h / stride, w / stride, features)."""
-    y = _conv(self.features, 3, self.stride, dtype=self.dtype)(x)
+    (hidden,) = self.hidden or [self.features]
+    y = _conv(hidden, 3, self.stride, dtype=self.dtype)(x)
     y = nn.relu(_norm(train, self.dtype, self.axis_name)(y))
     y = _conv(self.features, 3, dtype=self.dtype)(y)
     y = _norm(train, self.dtype, self.axis_name)(y)
@@ -102,19 +106,22 @@ class BottleneckBlock(nn.Module):
     stride: Stride of the 3x3 convolution and of the shortcut.
     dtype: What to compute in.
     axis_name: Mapped axis of the batch statistics, or None.
+    hidden: Channels of the first two convolutions, if others.
   """
 
   features: int
   stride: int
   dtype: DTypeLike
   axis_name: str | None
+  hidden: Sequence[int] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """(b, h, w, c) -> (b, h / stride, w / stride, 4 * features)."""
-    y = _conv(self.features, 1, dtype=self.dtype)(x)
+    first, second = self.hidden or [self.features] * 2
+    y = _conv(first, 1, dtype=self.dtype)(x)
     y = nn.relu(_norm(train, self.dtype, self.axis_name)(y))
-    y = _conv(self.features, 3, self.stride, dtype=self.dtype)(y)
+    y = _conv(second, 3, self.stride, dtype=self.dtype)(y)
     y = nn.relu(_norm(train, self.dtype, self.axis_name)(y))
     y = _conv(4 * self.features, 1, dtype=self.dtype)(y)
     zeros = nn.initializers.zeros
@@ -140,6 +147,8 @@ class ResNet(nn.Module):
       so are the mean over positions, the classifier and the logits, unless
       `dtype` is wider.
     axis_name: Mapped axis of the batch statistics, or None.
+    hidden: Channels inside each block, if others than `features`, as in a
+      network that dead channels were removed from.
   """
 
   stage_sizes: Sequence[int]
@@ -149,6 +158,7 @@ class ResNet(nn.Module):
   large_images: bool
   dtype: DTypeLike = jnp.float32
   axis_name: str | None = None
+  hidden: Sequence[Sequence[int]] | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -169,11 +179,14 @@ class ResNet(nn.Module):
     x = nn.relu(_norm(train, self.dtype, self.axis_name)(x))
     if self.large_images:
       x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    hidden: Iterator[Sequence[int] | None]
+    hidden = iter(self.hidden or itertools.repeat(None))
     for stage, size in enumerate(self.stage_sizes):
       for index in range(size):
         stride = 2 if stage and not index else 1
         features = self.width * 2**stage
-        x = self.block(features, stride, self.dtype, self.axis_name)(x, train)
+        options = self.dtype, self.axis_name, next(hidden)
+        x = self.block(features, stride, *options)(x, train)
     x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
     # No ReLU follows, so Flax's own initialisation: variance 1 / fan-in.
     return nn.Dense(self.num_classes)(x)

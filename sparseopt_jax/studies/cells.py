@@ -48,10 +48,12 @@ def parse_condition(text: str) -> dict[str, Any]:
   Raises:
     UsageError: It is not of that form.
   """
-  match = re.fullmatch(r"(rigl|set|static)-(\d\d)", text)
-  if match is None:
+  topologies = "|".join(config_lib.TOPOLOGIES)
+  match = re.fullmatch(rf"({topologies})-(\d\d)", text)
+  if match is None or match[1] == "dense":
     raise UsageError(
-      f"--conditions must be such as rigl-90, set-95 or static-97, got {text!r}"
+      "--conditions must be such as rigl-90, set-95, srigl-95, magnitude-95 or "
+      f"static-97, got {text!r}"
     )
   return {"topology": match[1], "sparsity": int(match[2]) / 100}
 
@@ -191,7 +193,8 @@ def add_conditions(parser: cli.Parser, default: Sequence[str]) -> None:
     "--conditions",
     nargs="+",
     default=list(default),
-    help="such as rigl-90 set-95 static-97 (default: %(default)s)",
+    help="such as rigl-90 set-95 srigl-95 magnitude-95 static-97 (default: "
+    "%(default)s)",
   )
 
 

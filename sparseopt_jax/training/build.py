@@ -183,7 +183,7 @@ def _without_updates(config: Config, source: data.dataset.Dataset) -> str:
   steps = config.epochs * source.steps_per_epoch(config.batch_size)
   if config.topology in ("dense", "static"):
     return ""
-  if optimizer.topology(config, steps).is_due(config.update_every):
+  if any(map(optimizer.topology(config, steps).is_due, range(steps))):
     return ""
   return (
     f"; the masks will not change: --update-every {config.update_every} is not "

@@ -17,6 +17,7 @@ from sparseopt_jax import models
 from sparseopt_jax.training.errors import UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float64")
+TOPOLOGIES = ("rigl", "set", "srigl", "magnitude", "static", "dense")
 # Fields that say where a run lives or what it shows, not what it computes: they
 # may differ when a run is resumed.
 _FREE = (
@@ -51,8 +52,10 @@ class Config:
   """Channels of the first stage, or hidden neurons [the model's own]."""
   sparsity: float = 0.9
   """Fraction of zeros over the sparse layers, in [0, 1)."""
-  topology: Literal["rigl", "set", "static", "dense"] = "rigl"
-  """How the masks change; dense: no masks at all."""
+  topology: Literal["rigl", "set", "srigl", "magnitude", "static", "dense"] = (
+    "rigl"
+  )
+  """How the masks change; magnitude: gradual pruning; dense: no masks."""
   correction: Literal["on", "off"] = "on"
   """SparseOpt's correction of the gradient skew; off: the plain baseline."""
   grow_from: Literal["raw", "corrected"] = "raw"
@@ -61,10 +64,16 @@ class Config:
   """How the sparsity is spread over the layers."""
   update_every: int = 20
   """Steps between two mask updates."""
+  update_from: float = 0.0
+  """Fraction of all steps after which magnitude pruning begins."""
   update_until: float = 0.75
   """Fraction of all steps after which the masks stand still."""
   drop_fraction: float = 0.3
   """Fraction of the active weights that the first mask update replaces."""
+  initial_sparsity: float = 0.0
+  """Sparsity that magnitude pruning begins with."""
+  gamma_sal: float = 0.3
+  """Fraction of its inputs below which SRigL ablates a neuron; 0: never."""
   dense_layers: tuple[str, ...] = ()
   """Patterns of kernels to keep dense, such as 'Dense_0/*' or '*'."""
   epochs: int = 30
@@ -148,7 +157,7 @@ def _check_choices(config: Config) -> None:
   for name, allowed in (
     ("dataset", data.NAMES),
     ("model", models.NAMES),
-    ("topology", ("rigl", "set", "static", "dense")),
+    ("topology", TOPOLOGIES),
     ("correction", ("on", "off")),
     ("grow_from", ("raw", "corrected")),
     ("distribution", ("erk", "uniform")),
@@ -167,9 +176,9 @@ def _check_numbers(config: Config) -> None:
   _require(
     config, "width", "in [1, 1024]", lambda n: n is None or 1 <= n <= 1024
   )
-  for name in ("sparsity", "momentum", "label_smoothing"):
+  for name in ("sparsity", "initial_sparsity", "momentum", "label_smoothing"):
     _require(config, name, "in [0, 1)", lambda x: 0 <= x < 1)
-  for name in ("update_until", "drop_fraction"):
+  for name in ("update_from", "update_until", "drop_fraction", "gamma_sal"):
     _require(config, name, "in [0, 1]", lambda x: 0 <= x <= 1)
   for name in ("weight_decay", "warmup_epochs"):
     _require(config, name, "finite and at least 0", lambda x: 0 <= x < math.inf)
@@ -186,6 +195,19 @@ def _check_together(config: Config) -> None:
     f"below --epochs {config.epochs}",
     lambda x: x < config.epochs,
   )
+  if config.topology == "magnitude":
+    _require(
+      config,
+      "update_from",
+      f"below --update-until {config.update_until}",
+      lambda x: x < config.update_until,
+    )
+    _require(
+      config,
+      "initial_sparsity",
+      f"at most --sparsity {config.sparsity}",
+      lambda x: x <= config.sparsity,
+    )
   _check_networks(config)
   sharing = config.devices if config.networks == 1 else 1
   parts = sharing * config.accumulate
@@ -237,7 +259,8 @@ def check_effects(config: Config, default: Config) -> None:
     default: The same without any flag given by hand.
   """
   sparse = config.topology != "dense"
-  changing = config.topology in ("rigl", "set")
+  pruning = config.topology == "magnitude"
+  growing = config.topology in ("rigl", "set", "srigl")
   for names, holds, why in (
     (
       ("sparsity", "correction", "distribution", "dense_layers"),
@@ -245,8 +268,19 @@ def check_effects(config: Config, default: Config) -> None:
       "--topology dense",
     ),
     (
-      ("update_every", "update_until", "drop_fraction"),
-      changing,
+      ("update_every", "update_until"),
+      growing or pruning,
+      f"--topology {config.topology}",
+    ),
+    (("drop_fraction",), growing, f"--topology {config.topology}"),
+    (
+      ("update_from", "initial_sparsity"),
+      pruning,
+      f"--topology {config.topology}",
+    ),
+    (
+      ("gamma_sal",),
+      config.topology == "srigl",
       f"--topology {config.topology}",
     ),
     (

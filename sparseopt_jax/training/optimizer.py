@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import fnmatch
 from typing import Any
 
@@ -59,18 +59,33 @@ def schedule(config: Config, steps_per_epoch: int) -> optax.Schedule:
   )
 
 
-def topology(config: Config, total_steps: int) -> Any:
-  """The topology, with its last mask update at a fraction of all steps."""
+def topology(
+  config: Config, total_steps: int, normalized: Collection[str] = ()
+) -> Any:
+  """The topology, with its last mask update at a fraction of all steps.
+
+  Args:
+    config: What was asked for.
+    total_steps: Steps of the run.
+    normalized: The paths of kernels that feed batch normalisation. SRigL
+      ablates neurons of these alone: one of the classifier is a class.
+  """
+  until = round(config.update_until * total_steps)
   if config.topology == "static":
     return sparseopt_jax.Static()
-  options: dict[str, Any] = {
-    "update_until": round(config.update_until * total_steps),
-    "update_every": config.update_every,
-    "drop_fraction": config.drop_fraction,
-  }
+  if config.topology == "magnitude":
+    begin = round(config.update_from * total_steps)
+    # The masks stand still from `until` on, as those of the others do.
+    steps = begin, max(begin + 1, until - 1)
+    options = config.update_every, config.initial_sparsity
+    return sparseopt_jax.Magnitude(*steps, *options)
+  schedule = until, config.update_every, config.drop_fraction
   if config.topology == "set":
-    return sparseopt_jax.SET(**options)
-  return sparseopt_jax.RigL(**options, grow_from=config.grow_from)
+    return sparseopt_jax.SET(*schedule)
+  if config.topology == "srigl":
+    gamma = lambda path, leaf: config.gamma_sal if path in normalized else 0.0
+    return sparseopt_jax.SRigL(*schedule, gamma_sal=gamma)
+  return sparseopt_jax.RigL(*schedule, grow_from=config.grow_from)
 
 
 def mask_updates(
@@ -113,7 +128,9 @@ def masking(
     )
   return {
     "sparsity": config.sparsity,
-    "topology": topology(config, config.epochs * steps_per_epoch),
+    "topology": topology(
+      config, config.epochs * steps_per_epoch, corrected.paths
+    ),
     "corrected": corrected if config.correction == "on" else False,
     "distribution": config.distribution,
     "sparse": lambda path, leaf: path in sparse,
