@@ -359,7 +359,8 @@ import argparse, pathlib, sys
 from sparseopt_jax.studies import cells, grid
 
 def make(epochs):
-  args = argparse.Namespace(data_dir=sys.argv[1], model="resnet8", width=4)
+  words = ["--data-dir", sys.argv[1], "--width", "4"]
+  args = cells.parser("a study", "").parse_args(words)
   return cells.config(args, "static-90", cells.BASELINE, epochs, 0.1, 0)
 
 if __name__ == "__main__":

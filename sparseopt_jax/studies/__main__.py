@@ -14,6 +14,7 @@ NAMES = (
   "exploration",
   "convergence",
   "ablations",
+  "topologies",
   "paper-tables",
 )
 _USAGE = f"""usage: python -m sparseopt_jax.studies NAME [FLAGS]

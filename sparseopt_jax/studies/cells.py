@@ -1,4 +1,4 @@
-"""What the studies on Fashion-MNIST train: names, flags, learning rates."""
+"""What the studies of trained networks train: names, flags, learning rates."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ import statistics
 from typing import Any
 
 from sparseopt_jax import compare
+from sparseopt_jax import data
+from sparseopt_jax import models
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import config as config_lib
+from sparseopt_jax.training import recipes
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
+# What is trained where neither a recipe nor a flag says otherwise.
+_DEFAULTS: dict[str, Any] = {
+  "dataset": "fashion_mnist",
+  "model": "resnet8",
+  "width": 8,
+  "batch_size": 128,
+  "update_every": 100,
+}
 # Seeds of the runs that choose the learning rate; no result uses them.
 TUNING_SEEDS = (1_000, 1_001)
 # What is trained to choose it.
@@ -72,17 +83,34 @@ def config(
     what = parse_condition(condition)
     what |= {"correction": arm.correction, "grow_from": arm.grow_from}
   return Config(
-    dataset="fashion_mnist",
-    data_dir=args.data_dir,
-    model=args.model,
-    width=args.width,
-    batch_size=128,
-    update_every=100,
-    epochs=epochs,
-    learning_rate=learning_rate,
-    seed=seed,
-    **what,
+    **{
+      **_base(args),
+      "data_dir": args.data_dir,
+      "epochs": epochs,
+      "learning_rate": learning_rate,
+      "seed": seed,
+      **what,
+    }
   )
+
+
+def _base(args: argparse.Namespace) -> dict[str, Any]:
+  """The fields that all runs of a study share: a recipe's, or the studies' own.
+
+  Flags by hand win.
+  """
+  flags = dict(_DEFAULTS)
+  if args.recipe is not None:
+    flags = dict(recipes.RECIPES[args.recipe].flags)
+  given = {name: getattr(args, name) for name in ("dataset", "model", "width")}
+  return flags | {k: value for k, value in given.items() if value is not None}
+
+
+def described(args: argparse.Namespace) -> str:
+  """The network and the data set, for people."""
+  config = Config(**_base(args))
+  width = "" if config.width is None else f" of width {config.width}"
+  return f"{config.model}{width} on {config.dataset}"
 
 
 def name(config: Config) -> str:
@@ -161,14 +189,14 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
     help="folder of the runs and results (default: %(default)s)",
   )
   found.add_argument(
-    "--model", default="resnet8", help="the network (default: %(default)s)"
+    "--recipe",
+    choices=list(recipes.RECIPES),
+    help="take data set, network and flags from a recipe of the trainer, but "
+    "for epochs and learning rate (default: Fashion-MNIST, resnet8 of width 8)",
   )
-  found.add_argument(
-    "--width",
-    type=int,
-    default=8,
-    help="channels of the first stage (default: %(default)s)",
-  )
+  found.add_argument("--dataset", choices=data.NAMES, help="another data set")
+  found.add_argument("--model", choices=models.NAMES, help="another network")
+  found.add_argument("--width", type=int, help="channels of the first stage")
   found.add_argument(
     "--seeds",
     type=int,

@@ -318,8 +318,7 @@ def _report(
     f"dense, {e} epochs: {report.percent(x)} %" for e, x in dense.items()
   ]
   raw = {
-    "model": args.model,
-    "width": args.width,
+    "network": cells.described(args),
     "trained_on": grid.trained_on(args.out, [*tuned, *runs]),
     "rates": rates,
     "tuning": tuning,

@@ -230,15 +230,14 @@ def study(args: argparse.Namespace, command: str) -> None:
   if not results:
     raise UsageError(cells.nothing_there(args))
   raw = {
-    "model": args.model,
-    "width": args.width,
+    "network": cells.described(args),
     "learning_rate": args.learning_rate,
     "trained_on": grid.trained_on(args.out, runs),
     "results": results,
   }
   text = (
-    f"{table(results)}\n{len(runs)} of {len(every)} runs; {args.model} of "
-    f"width {args.width}, {args.epochs} epochs, learning rate "
+    f"{table(results)}\n{len(runs)} of {len(every)} runs; "
+    f"{cells.described(args)}, {args.epochs} epochs, learning rate "
     f"{args.learning_rate:g}"
   )
   with matplotlib.rc_context(plots.STYLE):
