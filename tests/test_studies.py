@@ -33,6 +33,7 @@ from sparseopt_jax.studies import exploration
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import paper_tables
 from sparseopt_jax.studies import report
+from sparseopt_jax.studies import topologies
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import runtime
@@ -792,6 +793,47 @@ def test_ablations_compare_with_one_another():
     "rigl-95-off-4epochs-lr0.1-seed0",
     "rigl-95-on-4epochs-lr0.1-seed0",
   ]
+
+
+# --- Topologies ---------------------------------------------------------------
+
+
+def test_topologies_are_compared_on_a_recipe():
+  words = ["--recipe", "cifar100-resnet20", "--width", "4", "--seeds", "2"]
+  args = arguments(cells.add_training, "out", *words)
+  found = {
+    variant.label: topologies.configs(args, variant, 95)
+    for variant in topologies.VARIANTS
+  }
+  for label, runs in found.items():
+    assert [config.seed for config in runs.values()] == [0, 1]
+    for config in runs.values():
+      assert (config.dataset, config.model) == ("cifar100", "resnet20")
+      assert (config.width, config.epochs) == (4, args.epochs)
+      if label != "dense":
+        assert config.sparsity == 0.95
+      on = config.correction == "on"
+      assert label == "dense" or on == (label == "RigL, SparseOpt")
+  kinds = [runs[0].topology for runs in found.values()]
+  assert kinds == ["rigl", "rigl", "srigl", "magnitude", "static", "dense"]
+  assert cells.described(args) == "resnet20 of width 4 on cifar100"
+
+
+@pytest.mark.slow
+def test_topologies_end_to_end(tmp_path):
+  words = ["topologies", "--recipe", "digits", "--model", "perceptron"]
+  words += ["--epochs", "2", "--sparsities", "90", "--seeds", "2"]
+  assert command.main([*words, "--out", str(tmp_path)]) == 0
+  rows = results(tmp_path, "topologies")["results"]["90 %"]
+  assert list(rows) == [variant.label for variant in topologies.VARIANTS]
+  for label, row in rows.items():
+    assert row["test_accuracy"][0] > 0.5
+    raw = row["raw"]
+    if label != "RigL":
+      others = rows["RigL"]["raw"]["test_accuracy"]
+      for seed, change in raw["difference"].items():
+        own = raw["test_accuracy"][seed]
+        assert change == pytest.approx(own - others[seed])
 
 
 # --- The paper's tables -------------------------------------------------------

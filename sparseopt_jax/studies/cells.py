@@ -11,8 +11,6 @@ import statistics
 from typing import Any
 
 from sparseopt_jax import compare
-from sparseopt_jax import data
-from sparseopt_jax import models
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training import recipes
@@ -194,8 +192,8 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
     help="take data set, network and flags from a recipe of the trainer, but "
     "for epochs and learning rate (default: Fashion-MNIST, resnet8 of width 8)",
   )
-  found.add_argument("--dataset", choices=data.NAMES, help="another data set")
-  found.add_argument("--model", choices=models.NAMES, help="another network")
+  found.add_argument("--dataset", help="another data set")
+  found.add_argument("--model", help="another network")
   found.add_argument("--width", type=int, help="channels of the first stage")
   found.add_argument(
     "--seeds",
