@@ -69,16 +69,12 @@ class Results:
     """
     train_loss, train_accuracy = state.sums.means()
     line = {
-      "step": figures["step"],
-      "epoch": figures["epoch"],
+      **figures,
       "train_loss": train_loss,
       "train_accuracy": train_accuracy,
-      "test_loss": figures["test_loss"],
-      "test_accuracy": figures["test_accuracy"],
       "nonfinite_steps": int(state.nonfinite_steps),
       **telling.sparsity_figures(state.opt_state),
     }
-    line |= figures
     self._log.append(line)
     return line
 
