@@ -53,8 +53,9 @@ class SparseModel(NamedTuple):
     module: The Flax module; `module.apply(variables, images, train=False)`.
     variables: `params`, with exact zeros outside the masks, and `batch_stats`.
     masks: {path: bool array} of the sparse kernels, "Conv_0/kernel".
-    info: `model`, `width`, `precision`, `num_classes`, `image_shape`, `mean`
-      and `std` (by channel, of pixels in [0, 1], for normalising), `dataset`,
+    info: `model`, `width`, `shortcut_size`, `precision`, `num_classes`,
+      `image_shape`, `mean` and `std` (by channel, of pixels in [0, 1], for
+      normalising), `dataset`,
       `test_accuracy`, `sparsity` (of the run); `hidden` (the channels inside
       each block) if dead ones were removed.
   """
@@ -297,6 +298,7 @@ def load(path: str | pathlib.Path) -> SparseModel:
     info["model"],
     info["num_classes"],
     width=info["width"],
+    shortcut_size=info["shortcut_size"],
     dtype=info["precision"],
   )
   if "hidden" in info:
@@ -381,6 +383,7 @@ def _export(
   info = {
     "model": config.model,
     "width": config.width,
+    "shortcut_size": int(config.shortcut[0]),
     "precision": config.precision,
     "num_classes": dataset.num_classes,
     "image_shape": list(dataset.image_shape),

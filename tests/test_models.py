@@ -78,6 +78,18 @@ def test_cifar_family(name, blocks, image_shape, width):
   assert not any("Conv" in name and "bias" in name for name in params)
 
 
+def test_shortcuts_of_three_by_three():
+  one, three = (
+    _shapes(models.create("resnet20", 10, shortcut_size=n), (32, 32, 3))
+    for n in (1, 3)
+  )
+  assert three["params"]["BasicBlock_3/Conv_2/kernel"].shape == (3, 3, 16, 32)
+  more = _size(three["params"]) - _size(one["params"])
+  assert more == 8 * (16 * 32 + 32 * 64)
+  with pytest.raises(ValueError, match="shortcut_size must be odd, got 2"):
+    models.create("resnet20", 10, shortcut_size=2)
+
+
 def test_published_size_of_resnet20():
   # 0.27 M in He et al., with shortcuts without parameters; option B adds
   # 16 * 32 + 32 * 64 weights and two numbers for each of 32 + 64 channels.

@@ -11,7 +11,12 @@ from sparseopt_jax import shrink
 from sparseopt_jax.models import resnet
 
 BASIC, BOTTLENECK = "BasicBlock_1", "BottleneckBlock_1"
-INFO = {"model": "resnet8", "width": 8, "precision": "float32"}
+INFO = {
+  "model": "resnet8",
+  "width": 8,
+  "shortcut_size": 1,
+  "precision": "float32",
+}
 INFO |= {"num_classes": 10}
 
 

@@ -43,7 +43,7 @@ from sparseopt_jax.training.errors import UsageError
 PACKAGE = pathlib.Path(sparseopt_jax.__file__).parent.parent
 TINY = ["--width", "4", "--seeds", "1"]
 CONVERGENCE = ["convergence", "--conditions", "rigl-95", "--budgets", "1"]
-TUNING = ["--tuning-epochs", "1", "--learning-rates", "0.1"]
+TUNING = ["--tuning-epochs", "1", "--learning-rates", "0.1", "0.2"]
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +197,11 @@ def results(out, name="convergence"):
 @pytest.mark.slow
 def test_convergence_end_to_end(converged, data_dir, monkeypatch):
   found = results(converged)
-  assert found["rates"] == {"baseline": 0.1, "SparseOpt": 0.1}
+  rate = found["rates"]["SparseOpt"]
+  tried = found["tuning"]["SparseOpt"]
+  assert rate == max((0.1, 0.2), key=lambda each: np.mean(tried[str(each)]))
   row = found["results"]["rigl-95, 1"]
-  folder = converged / "rigl-95-on-1epochs-lr0.1-seed0"
+  folder = converged / f"rigl-95-on-1epochs-lr{rate:g}-seed0"
   summary = json.loads((folder / folder_lib.SUMMARY).read_text())
   assert row["raw"]["test"][0][1] == summary["test_accuracy"]
   assert summary["command"].startswith("python -m sparseopt_jax.train --data")
@@ -229,9 +231,28 @@ def test_convergence_goes_on_after_sigterm(converged, data_dir, tmp_path):
   _, error = first.communicate()
   assert first.returncode == 143
   assert "go on with the same command" in error
-  assert len(list(tmp_path.glob("*/" + folder_lib.SUMMARY))) < 7
+  assert not list(tmp_path.glob("rigl-*-seed0/" + folder_lib.SUMMARY))
   assert command.main(places(tmp_path, data_dir)) == 0
   assert results(tmp_path)["results"] == results(converged)["results"]
+
+
+def test_one_learning_rate_is_not_tried_first(tmp_path, monkeypatch, capsys):
+  forbid_training(monkeypatch)
+  words = ["--conditions", "rigl-95", "--budgets", "1", "--seeds", "2"]
+  words += ["--learning-rates", "0.3", "--out", str(tmp_path), "--report"]
+
+  def add_flags(parser):
+    cells.add_conditions(parser, [])
+    cells.add_tuning(parser)
+    parser.add_argument("--budgets", type=int, nargs="+")
+
+  args = arguments(add_flags, tmp_path, *words)
+  rates = {"baseline": 0.3, "SparseOpt": 0.3}
+  for name, config in convergence.main_cells(args, rates).items():
+    leave(tmp_path / name, config, [0.5])
+  assert command.main(["convergence", *words]) == 0
+  assert results(tmp_path)["rates"] == rates
+  assert "tuning epochs" not in capsys.readouterr().out
 
 
 def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):

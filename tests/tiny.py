@@ -59,9 +59,9 @@ class Net(nn.Module):
     return nn.Dense(10, dtype=self.dtype)(x.reshape(x.shape[0], -1))
 
 
-def create(name, num_classes, *, width=None, dtype="float32", axis_name=None):
+def create(name, num_classes, *, dtype="float32", axis_name=None, **others):
   """In place of `sparseopt_jax.models.create`."""
-  del name, num_classes, width
+  del name, num_classes, others
   return Net(dtype, axis_name)
 
 

@@ -32,6 +32,7 @@ def create(
   num_classes: int,
   *,
   width: int | None = None,
+  shortcut_size: int = 1,
   dtype: DTypeLike = "float32",
   axis_name: str | None = None,
 ) -> ResNet | Perceptron:
@@ -44,6 +45,8 @@ def create(
     num_classes: Number of classes.
     width: Channels of the first stage, by default 16 for small images and 64
       for resnet50; hidden neurons of the perceptron, by default 256.
+    shortcut_size: Height and width of the kernels in the shortcuts where the
+      shape changes; odd.
     dtype: What to compute in. Parameters and batch statistics are float32 in
       any case, the logits at least float32.
     axis_name: The mapped axis (of `pmap` or `vmap`) over which batch
@@ -72,6 +75,8 @@ def create(
     raise ValueError(f"num_classes must be positive, got {num_classes}")
   if width is not None and width < 1:
     raise ValueError(f"width must be positive, got {width}")
+  if shortcut_size < 1 or shortcut_size % 2 == 0:
+    raise ValueError(f"shortcut_size must be odd, got {shortcut_size}")
   if name == "perceptron":
     from sparseopt_jax.models.perceptron import Perceptron
 
@@ -87,6 +92,7 @@ def create(
       large_images=True,
       dtype=dtype,
       axis_name=axis_name,
+      shortcut_size=shortcut_size,
     )
   return resnet.ResNet(
     stage_sizes=(_BLOCKS[name],) * 3,
@@ -96,4 +102,5 @@ def create(
     large_images=False,
     dtype=dtype,
     axis_name=axis_name,
+    shortcut_size=shortcut_size,
   )

@@ -63,7 +63,7 @@ def _norm(
 class BasicBlock(nn.Module):
   """Two 3x3 convolutions and a shortcut.
 
-  Where the shape changes, the shortcut is a 1x1 convolution (option B).
+  Where the shape changes, the shortcut is a convolution, of 1x1 in option B.
 
   Attributes:
     features: Channels of both convolutions.
@@ -71,6 +71,7 @@ class BasicBlock(nn.Module):
     dtype: What to compute in.
     axis_name: Mapped axis of the batch statistics, or None.
     hidden: Channels of the first convolution, if others.
+    shortcut_size: Height and width of the shortcut's kernel.
   """
 
   features: int
@@ -78,6 +79,7 @@ class BasicBlock(nn.Module):
   dtype: DTypeLike
   axis_name: str | None
   hidden: Sequence[int] | None = None
+  shortcut_size: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -88,7 +90,8 @@ class BasicBlock(nn.Module):
     y = _conv(self.features, 3, dtype=self.dtype)(y)
     y = _norm(train, self.dtype, self.axis_name)(y)
     if x.shape != y.shape:
-      x = _conv(self.features, 1, self.stride, dtype=self.dtype)(x)
+      size = self.shortcut_size
+      x = _conv(self.features, size, self.stride, dtype=self.dtype)(x)
       x = _norm(train, self.dtype, self.axis_name)(x)
     return nn.relu(x + y)
 
@@ -107,6 +110,7 @@ class BottleneckBlock(nn.Module):
     dtype: What to compute in.
     axis_name: Mapped axis of the batch statistics, or None.
     hidden: Channels of the first two convolutions, if others.
+    shortcut_size: Height and width of the shortcut's kernel.
   """
 
   features: int
@@ -114,6 +118,7 @@ class BottleneckBlock(nn.Module):
   dtype: DTypeLike
   axis_name: str | None
   hidden: Sequence[int] | None = None
+  shortcut_size: int = 1
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -127,7 +132,8 @@ class BottleneckBlock(nn.Module):
     zeros = nn.initializers.zeros
     y = _norm(train, self.dtype, self.axis_name, scale_init=zeros)(y)
     if x.shape != y.shape:
-      x = _conv(4 * self.features, 1, self.stride, dtype=self.dtype)(x)
+      size = self.shortcut_size
+      x = _conv(4 * self.features, size, self.stride, dtype=self.dtype)(x)
       x = _norm(train, self.dtype, self.axis_name)(x)
     return nn.relu(x + y)
 
@@ -149,6 +155,7 @@ class ResNet(nn.Module):
     axis_name: Mapped axis of the batch statistics, or None.
     hidden: Channels inside each block, if others than `features`, as in a
       network that dead channels were removed from.
+    shortcut_size: Height and width of the shortcuts' kernels.
   """
 
   stage_sizes: Sequence[int]
@@ -159,6 +166,7 @@ class ResNet(nn.Module):
   dtype: DTypeLike = jnp.float32
   axis_name: str | None = None
   hidden: Sequence[Sequence[int]] | None = None
+  shortcut_size: int = 1
 
   @nn.compact
   def __call__(self, images: jax.Array, train: bool) -> jax.Array:
@@ -185,7 +193,7 @@ class ResNet(nn.Module):
       for index in range(size):
         stride = 2 if stage and not index else 1
         features = self.width * 2**stage
-        options = self.dtype, self.axis_name, next(hidden)
+        options = self.dtype, self.axis_name, next(hidden), self.shortcut_size
         x = self.block(features, stride, *options)(x, train)
     x = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean(axis=(1, 2))
     # No ReLU follows, so Flax's own initialisation: variance 1 / fan-in.

@@ -127,7 +127,12 @@ def name(config: Config) -> str:
 
 
 def tuning(args: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Config]:
-  """The runs that choose the learning rate: the same ones for each arm."""
+  """The runs that choose the learning rate: the same ones for each arm.
+
+  Where there is one rate alone, there is nothing to choose.
+  """
+  if len(args.learning_rates) == 1:
+    return {}
   found = [
     config(args, TUNED_ON, arm, args.tuning_epochs, rate, seed)
     for arm in arms
@@ -160,6 +165,8 @@ def chosen_rates(
   Raises:
     UsageError: Not all of them have been tried yet.
   """
+  if len(args.learning_rates) == 1:
+    return {arm.label: args.learning_rates[0] for arm in arms}
   rates = {}
   for arm in arms:
     found = accuracies_by_rate(args, arm, runs)
@@ -231,8 +238,8 @@ def add_tuning(parser: cli.Parser) -> None:
     type=float,
     nargs="+",
     default=[0.05, 0.1, 0.2, 0.4],
-    help="of which the best is taken, for each arm by itself (default: "
-    "%(default)s)",
+    help="of which the best is taken, for each arm by itself; one alone is "
+    "not tried first (default: %(default)s)",
   )
   parser.add_argument(
     "--tuning-epochs",

@@ -1,4 +1,4 @@
-"""Does SparseOpt converge faster? Paired runs on Fashion-MNIST.
+"""Does SparseOpt converge faster? Paired runs.
 
 For each condition (topology and sparsity) and each training budget, the same
 seeds are trained with and without the correction. The learning rate is chosen
@@ -313,6 +313,7 @@ def _report(
     f"learning rates of {label} on {cells.TUNED_ON}, {args.tuning_epochs} "
     f"epochs: {_by_rate(tuning[label])}"
     for label in tuning
+    if tuning[label]
   ]
   lines += [
     f"dense, {e} epochs: {report.percent(x)} %" for e, x in dense.items()

@@ -122,6 +122,7 @@ def task_on(
     config.model,
     source.num_classes,
     width=config.width,
+    shortcut_size=int(config.shortcut[0]),
     dtype=config.precision,
     axis_name=layout.axis_name,
   )

@@ -50,6 +50,8 @@ class Config:
   """The network: resnet8, resnet20, resnet50, perceptron, ..."""
   width: int | None = None
   """Channels of the first stage, or hidden neurons [the model's own]."""
+  shortcut: Literal["1x1", "3x3"] = "1x1"
+  """Kernels of the shortcuts where a residual network's shape changes."""
   sparsity: float = 0.9
   """Fraction of zeros over the sparse layers, in [0, 1)."""
   topology: Literal["rigl", "set", "srigl", "magnitude", "static", "dense"] = (
@@ -158,6 +160,7 @@ def _check_choices(config: Config) -> None:
     ("dataset", data.NAMES),
     ("model", models.NAMES),
     ("topology", TOPOLOGIES),
+    ("shortcut", ("1x1", "3x3")),
     ("correction", ("on", "off")),
     ("grow_from", ("raw", "corrected")),
     ("distribution", ("erk", "uniform")),
@@ -258,6 +261,10 @@ def check_effects(config: Config, default: Config) -> None:
     config: What was asked for.
     default: The same without any flag given by hand.
   """
+  if config.shortcut != default.shortcut and config.model == "perceptron":
+    raise UsageError(
+      f"--shortcut {config.shortcut} has no effect with --model perceptron"
+    )
   sparse = config.topology != "dense"
   pruning = config.topology == "magnitude"
   growing = config.topology in ("rigl", "set", "srigl")
