@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import sparseopt_jax
 
@@ -22,6 +23,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+  scan: bool = True
+
   @nn.compact
   def __call__(self, words):
     table = self.param(
@@ -29,6 +32,10 @@ class Transformer(nn.Module):
     )
     x = nn.Embed(WORDS, WIDTH)(words)
     x = x + jnp.broadcast_to(table[:, : words.shape[1]], x.shape)
+    if not self.scan:
+      for i in range(LAYERS):
+        x, _ = Block(name=f"block_{i}")(x, nn.make_causal_mask(words))
+      return nn.Dense(WORDS, name="head")(nn.LayerNorm()(x))
     blocks = nn.scan(
       Block,
       variable_axes={"params": 0},
@@ -100,3 +107,33 @@ def test_transformer():
   heads = (LAYERS, 1, HEADS, WIDTH // HEADS)
   assert factors[f"{attention}/query/kernel"].shape == heads
   assert factors[f"{attention}/out/kernel"].shape == (LAYERS, 1, 1, WIDTH)
+
+
+@pytest.mark.parametrize("distribution", ["erk", "uniform"])
+def test_a_stack_counts_as_its_twin_does_without_one(distribution):
+  """Active weights and neurons, attention's among them."""
+  words, states = sentences(jax.random.key(0)), []
+  for scan in (True, False):
+    link = sparseopt_jax.sparseopt(
+      0.9,
+      corrected=False,
+      distribution=distribution,
+      stacked=lambda path, leaf: int(path.startswith("blocks/")),
+    )
+    init = Transformer(scan).init
+    params = jax.eval_shape(init, jax.random.key(0), words)["params"]
+    states.append(link.init(params))
+  masks, twin_masks = (clients.by_path(state.masks) for state in states)
+  neurons, twin_neurons = (
+    dict(zip(clients.by_path(state.masks), state.factors, strict=True))
+    for state in states
+  )
+  for path, mask in masks.items():
+    if path == "head/kernel":
+      assert mask.sum() == twin_masks[path].sum()
+      continue
+    for i in range(LAYERS):
+      twin = path.replace("blocks/", f"block_{i}/")
+      assert mask[i].sum() == twin_masks[twin].sum()
+      assert neurons[path][i].shape == twin_neurons[twin].shape
+  assert len(twin_masks) == LAYERS * (len(masks) - 1) + 1

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
-NAMES = ("gradient_skew", "quickstart")
+NAMES = ("gradient_skew", "quickstart", "transformer")
 
 
 def read(name):
