@@ -63,7 +63,8 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
     p^l = \min\left(1, \epsilon \frac{\sum_j d_j}{\prod_j d_j}\right),
 
   with one :math:`\epsilon` for all layers, such that together they have as many
-  active weights as under :func:`sparseopt_jax.uniform`.
+  active weights as under :func:`sparseopt_jax.uniform`. Axes count as they are:
+  a kernel whose outputs are split into heads gets fewer weights than as a matrix.
 
   Args:
     shapes: The shape of each sparse layer's weights, by path.

@@ -134,6 +134,7 @@ def sparseopt(
   calls. A loop that counts them itself can say so by the extra argument
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
+  Under ``jax.vmap`` a condition computes both its branches, so say it there.
   That ``step`` has to be the state's own count, by which the drop fraction
   goes.
 
@@ -177,7 +178,7 @@ def sparseopt(
       leaf. Each slice is a layer of its own: its own share of the active
       weights, its own neurons, its own selection.
     seed: An int or a key, traced or not: under ``jax.vmap`` one for each
-      network.
+      network. ``init`` alone reads it.
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a
