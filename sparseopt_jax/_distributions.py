@@ -64,7 +64,7 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
   with one :math:`\epsilon` for all layers, such that together they have as many
   active weights as under :func:`sparseopt_jax.uniform`. Axes count as they are:
-  a kernel whose outputs are split into heads gets fewer weights than as a matrix.
+  a kernel whose outputs are split into heads gets fewer weights than a matrix.
 
   Args:
     shapes: The shape of each sparse layer's weights, by path.

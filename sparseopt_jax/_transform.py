@@ -134,9 +134,9 @@ def sparseopt(
   calls. A loop that counts them itself can say so by the extra argument
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
-  Under ``jax.vmap`` a condition computes both its branches, so say it there.
   That ``step`` has to be the state's own count, by which the drop fraction
-  goes.
+  goes. Under ``jax.vmap``, where a condition computes both of its branches,
+  each step costs a mask update unless the loop says so.
 
   Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
   and float32 have the range.
