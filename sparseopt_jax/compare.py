@@ -89,7 +89,7 @@ def read(path: pathlib.Path) -> Run:
   Raises:
     UsageError: If it is not one, or holds no evaluation yet.
   """
-  flags = folder.read_config(path)
+  flags = folder.read_network(path)
   file = path / folder.METRICS
   lines = records.read_lines(file) if file.is_file() else []
   if not lines:

@@ -373,10 +373,10 @@ def _export(
   Raises:
     RunError: If the file does not have the accuracy of the run. It is removed.
   """
+  config = Config.from_identity(folder.read_network(run))
   summary = _finished(run)
   from sparseopt_jax.training import build
 
-  config = Config.from_identity(folder.read_config(run))
   config = dataclasses.replace(config, data_dir=data_dir)
   dataset = build.dataset(config)
   variables, masks = _final(config, run, summary["step"])
@@ -471,13 +471,16 @@ def _checkpointed(
   run: pathlib.Path, config: Config
 ) -> tuple[pathlib.Path, Config, int]:
   """The run that has the checkpoints of a network, and its place there."""
-  if (run / folder.CHECKPOINTS).exists() or not (
-    run.absolute().parent / folder.CONFIG
-  ).exists():
+  whole_run = folder.joint_run(run)
+  if whole_run is None:
     return run, config, 0
-  whole = Config.from_identity(folder.read_config(run.absolute().parent))
+  whole = Config.from_identity(folder.read_config(whole_run))
+  index = config.seed - whole.seed
+  is_there = 0 <= index < whole.networks
+  if not is_there or whole.of_network(index).identity() != config.identity():
+    raise UsageError(f"{run} is not a network of the run {whole_run}")
   whole = dataclasses.replace(whole, data_dir=config.data_dir)
-  return run.absolute().parent, whole, config.seed - whole.seed
+  return whole_run, whole, index
 
 
 def _finished(run: pathlib.Path) -> dict[str, Any]:

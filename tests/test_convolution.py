@@ -123,19 +123,20 @@ def test_barriers_stay_where_the_options_are_given():
   assert ["opt-barrier(" in text for text in texts] == [False, True]
 
 
-def test_dilation_and_groups_are_refused():
+def test_other_options_are_refused():
   images = jnp.zeros((1, 8, 8, 4))
   for options, message in (
     ({"kernel_dilation": 2}, r"rhs_dilation must be 1, got \(2, 2\)"),
     ({"input_dilation": 2}, r"lhs_dilation must be 1, got \(2, 2\)"),
     ({"feature_group_count": 2}, "feature_group_count must be 1, got 2"),
+    ({"precision": "highest"}, "precision must be None, got highest"),
+    ({"padding": "SAME"}, "padding must be pairs of numbers, got 'SAME'"),
   ):
     layer = nn.Conv(
       4,
       (3, 3),
-      padding=((1, 1), (1, 1)),
+      **{"padding": ((1, 1), (1, 1)), **options},
       conv_general_dilated=convolution.convolve,
-      **options,
     )
     with pytest.raises(ValueError, match=message):
       layer.init(jax.random.key(0), images)

@@ -1,6 +1,7 @@
 """Several networks in one program: each is the one that is trained alone."""
 
 import json
+import shutil
 import signal
 
 import jax
@@ -78,12 +79,12 @@ def test_each_ends_as_alone(monkeypatch, tmp_path, x64, alone, layout):
     own, folder_of_own = states[seed], together / f"seed-{seed}"
     for a, b in zip(_of_network(together, index), own, strict=True):
       assert a.dtype == b.dtype
-      if a.dtype == np.float64:
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-      elif a.dtype == np.float32:  # The sum of the losses.
-        np.testing.assert_allclose(a, b, rtol=1e-6)
-      else:
+      if not mapped or not np.issubdtype(a.dtype, np.floating):
         np.testing.assert_array_equal(a, b)
+      elif a.dtype == np.float64:
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+      else:  # The sum of the losses.
+        np.testing.assert_allclose(a, b, rtol=1e-6)
     lines, expected = (
       tiny.metrics(folder_of_own),
       tiny.metrics(path / str(seed)),
@@ -167,7 +168,8 @@ def test_device_and_host_draw_the_same_batches(monkeypatch, tmp_path):
   assert tiny.metrics(device) == tiny.metrics(host)
 
 
-def test_the_network_that_is_not_finite_is_named(monkeypatch, tmp_path, capsys):
+def _spoil(monkeypatch):
+  """The network of seed 7 begins with NaN."""
   create = state_lib.create
 
   def spoiled(seed, variables, tx):
@@ -177,10 +179,46 @@ def test_the_network_that_is_not_finite_is_named(monkeypatch, tmp_path, capsys):
       params=jax.tree.map(lambda p: p * factor, state.params)
     )
 
-  tiny.use(monkeypatch)
   monkeypatch.setattr(state_lib, "create", spoiled)
-  assert train.main(tiny.arguments(tmp_path / "run", **FOUR)) == 1
-  assert "network of seed 7 after step 1;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_network_that_is_not_finite_leaves_the_others(
+  monkeypatch, tmp_path, capsys, mapped
+):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  tiny.use(monkeypatch)
+  if mapped:
+    _as_on_accelerators(monkeypatch)
+  assert train.main(tiny.arguments(whole, **FOUR)) == 0
+  with monkeypatch.context() as patch:
+    _spoil(patch)
+    capsys.readouterr()
+    assert train.main(tiny.arguments(parts, **FOUR)) == 1
+    told = capsys.readouterr()
+    assert told.out.count("network of seed 7 by step 1; the others go on") == 1
+    assert "network(s) of seed 7; the others are finished" in told.err
+    # The finished run tells it again.
+    assert train.main(tiny.arguments(parts, **FOUR, resume=True)) == 1
+  for seed in SEEDS:
+    is_spoiled = seed == 7
+    name = f"seed-{seed}"
+    assert (parts / name / folder.SUMMARY).exists() != is_spoiled
+    same = tiny.metrics(parts / name) == tiny.metrics(whole / name)
+    assert same != is_spoiled
+
+
+def test_steps_left_out_are_counted_for_each(monkeypatch, tmp_path):
+  parts = tmp_path / "parts"
+  tiny.use(monkeypatch)
+  _spoil(monkeypatch)
+  # A network that begins with NaN never makes a step; the run ends in error.
+  assert train.main(tiny.arguments(parts, **FOUR, skip_nonfinite=True)) == 1
+  counts = [
+    tiny.metrics(parts / f"seed-{seed}")[-1]["nonfinite_steps"]
+    for seed in SEEDS
+  ]
+  assert counts == [0, 0, tiny.STEPS, 0]
 
 
 def test_one_network_is_exported_as_alone(monkeypatch, tmp_path):
@@ -200,6 +238,9 @@ def test_one_network_is_exported_as_alone(monkeypatch, tmp_path):
     strict=True,
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  link = tmp_path / "link"
+  link.symlink_to(together / "seed-7")
+  assert export.main([str(link), str(tmp_path / "linked")]) == 0
   groups = compare.group(
     [compare.read(together / f"seed-{seed}") for seed in SEEDS]
   )
@@ -213,8 +254,48 @@ def test_another_number_of_networks_is_refused(monkeypatch, tmp_path, capsys):
   fewer = {**FOUR, "networks": 2, "resume": True}
   assert train.main(tiny.arguments(run, **fewer)) == 2
   assert "--networks 4 became 2" in capsys.readouterr().err
-  assert train.main(tiny.arguments(run / "seed-6", seed=6)) == 2
-  assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_networks_folder_is_not_trained_in(
+  monkeypatch, tmp_path, capsys, resume
+):
+  tiny.use(monkeypatch)
+  run = tmp_path / "run"
+  assert train.main(tiny.arguments(run, **FOUR)) == 0
+  before = tiny.metrics(run / "seed-6")
+  own = {"seed": 6, "resume": True} if resume else {"seed": 6}
+  assert train.main(tiny.arguments(run / "seed-6", **own)) == 2
+  assert "is that of one network of the run" in capsys.readouterr().err
+  assert tiny.metrics(run / "seed-6") == before
+
+
+def test_commands_name_the_folder_that_they_want(monkeypatch, tmp_path, capsys):
+  tiny.use(monkeypatch)
+  run = tmp_path / "run"
+  assert train.main(tiny.arguments(run, **FOUR)) == 0
+  for command, words in ((export, [run, tmp_path / "x"]), (compare, [run])):
+    assert command.main(list(map(str, words))) == 2
+    error = capsys.readouterr().err
+    assert f"is a run of 4 networks; give their folders, such as {run}" in error
+  # A folder that is not one of the run's networks.
+  foreign = run / "seed-77"
+  shutil.copytree(run / "seed-6", foreign)
+  for seed in (77, 6):
+    config = json.loads((run / "seed-6" / folder.CONFIG).read_text())
+    config |= {"seed": seed, "topology": "set"}
+    (foreign / folder.CONFIG).write_text(json.dumps(config))
+    assert export.main([str(foreign), str(tmp_path / "x")]) == 2
+    assert "is not a network of the run" in capsys.readouterr().err
+
+
+def test_a_file_in_a_networks_place_is_one_line(monkeypatch, tmp_path, capsys):
+  tiny.use(monkeypatch)
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / "seed-6").touch()
+  assert train.main(tiny.arguments(run, **FOUR)) == 2
+  assert "seed-6 cannot be made: File exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

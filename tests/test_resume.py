@@ -409,7 +409,7 @@ def _saved(folder, best_steps, first_step):
         sums=state.Sums.zero(),
         nonfinite_steps=jnp.int32(0),
       )
-      saved.save(now, step, {best_step})
+      saved.save(now, step, best_step)
       saved.wait()
   return sorted(int(p.name) for p in folder.iterdir())
 

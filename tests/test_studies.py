@@ -363,6 +363,33 @@ def test_conditions_of_other_topologies(data_dir, tmp_path, condition):
   assert line["sparsity"] == pytest.approx(0.95, abs=0.02)
 
 
+def test_what_was_begun_goes_on_as_it_is(tmp_path):
+  kind = "static-90-off-1epochs-lr0.1-seed"
+
+  def programs(seeds, jobs=1, **changes):
+    cells_of = {
+      f"{kind}{seed}": dataclasses.replace(CONFIG, seed=seed, **changes)
+      for seed in seeds
+    }
+    found = grid._programs(cells_of, tmp_path, jobs)
+    return {
+      name.removeprefix(kind): (config.seed, config.networks)
+      for name, (_, config) in found.items()
+    }
+
+  assert programs(range(5)) == {"s0-4": (0, 5)}
+  assert programs(range(5), jobs=2) == {"s0-2": (0, 3), "s3-4": (3, 2)}
+  assert programs([1, 2, 5]) == {"s1-2": (1, 2), "5": (5, 1)}
+  streamed = programs(range(2), dataset="imagenet2012")
+  assert streamed == {"0": (0, 1), "1": (1, 1)}
+  # Begun: a program of seeds 0 to 4, of which two are done, and seed 6 alone.
+  (tmp_path / f"{kind}s0-4" / "seed-3").mkdir(parents=True)
+  (tmp_path / f"{kind}6").mkdir()
+  (tmp_path / f"{kind}6" / folder_lib.CONFIG).touch()
+  begun = {"s0-4": (0, 5), "6": (6, 1)}
+  assert programs([3, 6, 7, 8]) == {**begun, "s7-8": (7, 2)}
+
+
 def test_runs_of_another_optimiser_are_refused(tmp_path):
   config = dataclasses.replace(CONFIG, correction="off")
   leave(tmp_path / "one", config, [0.5])

@@ -44,21 +44,25 @@ def convolve(
     kernel: (kh, kw, c, f).
     strides: Of height and width.
     padding: Zeros before and after height and width.
-    **options: What else Flax gives; dilation and groups must be its defaults.
+    **options: What else Flax gives, which must be its defaults: no dilation, no
+      groups, no precision.
 
   Returns:
     (b, h', w', f), with h' = (h + before + after - kh) // stride + 1.
 
   Raises:
-    ValueError: Dilation or groups.
+    ValueError: Another option, or padding by name.
+
+  The gradient is by reverse mode alone.
   """
   for name in ("lhs_dilation", "rhs_dilation"):
     if any(each != 1 for each in options.get(name) or ()):
       raise ValueError(f"{name} must be 1, got {options[name]}")
-  if options.get("feature_group_count", 1) != 1:
-    raise ValueError(
-      f"feature_group_count must be 1, got {options['feature_group_count']}"
-    )
+  for name, default in (("feature_group_count", 1), ("precision", None)):
+    if options.get(name, default) != default:
+      raise ValueError(f"{name} must be {default}, got {options[name]}")
+  if isinstance(padding, str):
+    raise ValueError(f"padding must be pairs of numbers, got {padding!r}")
   return _convolve(images, kernel, tuple(strides), tuple(map(tuple, padding)))
 
 

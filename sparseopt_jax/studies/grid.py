@@ -7,7 +7,7 @@ checkpoint, and the order does not matter: the folders are all there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -70,34 +70,59 @@ def run(
     return found
   report.make(folder)
   print(f"{len(found)} of {len(cells)} runs are there")
-  together, makers = {}, {}
-  for names in _groups(missing):
-    config = _joined([missing[name] for name in names])
-    name = _joined_name(names[0], config)
-    together[name] = _placed(config, folder / name)
-    if names[0] in factories:
-      makers[name] = factories[names[0]]
-  _train_all(together, jobs, makers)
+  programs, makers = {}, {}
+  for name, (cell, config) in _programs(missing, folder, jobs).items():
+    programs[name] = _placed(config, folder / name)
+    if cell in factories:
+      makers[name] = factories[cell]
+  _train_all(programs, jobs, makers)
   return collect(cells, folder, factories)
 
 
-def _groups(cells: Mapping[str, Config]) -> list[list[str]]:
-  """Names of runs to train together: alike, of consecutive seeds."""
+def _programs(
+  cells: Mapping[str, Config], folder: pathlib.Path, jobs: int
+) -> dict[str, tuple[str, Config]]:
+  """What to train in which folder, and the name of one of its cells.
+
+  What was begun goes on as it is. The rest is trained together, if its images
+  are in memory: what is alike, of consecutive seeds, in as many programs as
+  there are jobs or more.
+  """
+  found: dict[str, tuple[str, Config]] = {}
+  rest = {}
+  for name, config in cells.items():
+    alone, *together = _places(folder, name)
+    if (alone / folder_lib.CONFIG).is_file():
+      found[name] = name, config
+    elif together:
+      seeds = re.search(r"seeds(\d+)-(\d+)", together[0].parent.name)
+      assert seeds is not None
+      first, last = map(int, seeds.groups())
+      begun = dataclasses.replace(config, seed=first, networks=last - first + 1)
+      found[together[0].parent.name] = name, begun
+    else:
+      rest[name] = config
+  for names in _groups(rest, most=-(-len(rest) // jobs)):
+    config = dataclasses.replace(rest[names[0]], networks=len(names))
+    found[_joined_name(names[0], config)] = names[0], config
+  return found
+
+
+def _groups(cells: Mapping[str, Config], most: int) -> list[list[str]]:
+  """Names of runs to train together."""
   groups: list[list[str]] = []
   last: dict[str, tuple[int, list[str]]] = {}
   for name, config in sorted(cells.items(), key=lambda item: item[1].seed):
     kind = name.replace(f"seed{config.seed}", "seed")
     seed, group = last.get(kind, (-1, []))
-    if kind == name or seed + 1 != config.seed or not group:
+    follows = kind != name and seed + 1 == config.seed
+    in_memory = config.dataset != "imagenet2012"
+    if not (follows and in_memory and 0 < len(group) < most):
       groups.append(group := [])
     group.append(name)
     last[kind] = config.seed, group
   order = list(cells)
   return sorted(groups, key=lambda group: order.index(group[0]))
-
-
-def _joined(configs: Sequence[Config]) -> Config:
-  return dataclasses.replace(configs[0], networks=len(configs))
 
 
 def _joined_name(name: str, config: Config) -> str:
@@ -149,8 +174,8 @@ def is_complete(
   """
   if not (path / folder_lib.SUMMARY).is_file():
     return False
-  with folder_lib.prepared(_placed(config, path), factory):
-    return True
+  folder_lib.check(path, folder_lib.identity(config, factory), resume=True)
+  return True
 
 
 def _placed(config: Config, path: pathlib.Path) -> Config:

@@ -149,6 +149,7 @@ def task_on(
     config.skip_nonfinite,
     layout.axis_name,
     layout.mapped,
+    stops=config.networks == 1 and not config.skip_nonfinite,
   )
   return built, create
 

@@ -7,7 +7,6 @@ the state lies beside it, because Orbax alone reads flipped bits as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 import dataclasses
 import pathlib
 from typing import Any
@@ -28,13 +27,13 @@ from sparseopt_jax.training.state import TrainState
 
 @dataclasses.dataclass
 class _Best(checkpoint_managers.PreservationPolicy):
-  """Keeps some steps. Orbax itself forgets accuracies when a run is resumed."""
+  """Keeps one step. Orbax itself forgets accuracies when a run is resumed."""
 
-  steps: Collection[int] = ()
+  step: int | None = None
 
   def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
     del context
-    return [checkpoint.step in self.steps for checkpoint in checkpoints]
+    return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -60,9 +59,7 @@ class Checkpoints:
     )
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-  def save(
-    self, state: TrainState, step: int, best_steps: Collection[int]
-  ) -> None:
+  def save(self, state: TrainState, step: int, best_step: int | None) -> None:
     """Writes a state in the background.
 
     Where this step's checkpoint is there already, it stays: one that a signal
@@ -71,13 +68,12 @@ class Checkpoints:
     Args:
       state: The state, as `Layout.gathered` gives it.
       step: Steps done.
-      best_steps: The steps of each network's best checkpoint so far, which are
-        kept.
+      best_step: The step of the best checkpoint so far, which is kept.
 
     Raises:
       RunError: If this checkpoint, or the one before, could not be written.
     """
-    self._best.steps = best_steps
+    self._best.step = best_step
     if step in self._manager.all_steps():
       return
     items = ocp.args.Composite(

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -77,7 +78,10 @@ class Folders(NamedTuple):
   def write_configs(self) -> None:
     """Makes the networks' folders, and writes what decides what is computed."""
     for path, content in [(self.run, self.identity), *self.networks]:
-      path.mkdir(exist_ok=True)
+      try:
+        path.mkdir(exist_ok=True)
+      except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from None
       records.write_json(path / CONFIG, content)
 
 
@@ -118,6 +122,12 @@ def prepared(
       given, or if it holds a run of other flags.
   """
   found = folders(config, create_optimizer)
+  whole = joint_run(found.run)
+  if whole is not None:
+    raise UsageError(
+      f"--workdir {found.run} is that of one network of the run {whole}; "
+      "--resume there goes on with all of them"
+    )
   _check_writable(found.run)
   found.check(config.resume)
   try:
@@ -126,6 +136,17 @@ def prepared(
     with contextlib.suppress(OSError):
       found.run.rmdir()
     raise
+
+
+def joint_run(folder: pathlib.Path) -> pathlib.Path | None:
+  """The run of several networks that a network's folder belongs to, or None."""
+  place = folder.resolve()
+  if not re.fullmatch(r"seed-\d+", place.name):
+    return None
+  if not (place.parent / CONFIG).is_file():
+    return None
+  several = read_config(place.parent).get("networks", 1) > 1
+  return place.parent if several else None
 
 
 def _check_writable(folder: pathlib.Path) -> None:
@@ -220,3 +241,18 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise UsageError(f"{path} does not hold a run's flags")
   return content
+
+
+def read_network(folder: pathlib.Path) -> dict[str, Any]:
+  """The `identity` of the run in a folder, which has one network.
+
+  Raises:
+    UsageError: As `read_config`; or the run has several networks.
+  """
+  found = read_config(folder)
+  if found.get("networks", 1) > 1:
+    raise UsageError(
+      f"{folder} is a run of {found['networks']} networks; give their folders, "
+      f"such as {folder / 'seed-'}{found['seed']}"
+    )
+  return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 import contextlib
+import statistics
 import time
 from typing import Any
 
@@ -82,7 +83,8 @@ class Run:
 
     Raises:
       Interrupted: A signal came; the state is in a checkpoint.
-      RunError: The loss is not finite, or a file could not be written.
+      RunError: The loss is not finite, or a file could not be written. Of
+        several networks, those that are finite are finished first.
       UsageError: All checkpoints are damaged.
     """
     with contextlib.ExitStack() as stack:
@@ -92,11 +94,21 @@ class Run:
         self._folders.check(self._config.resume)
         self._folders.write_configs()
       states = self._layout.split(self._train(create))
-      summaries = [
-        each.summarise(state, self._config, command)
-        for each, state in zip(self._results, states, strict=True)
-      ]
-    telling.say(f"{telling.result_line(summaries)}: {self._folders.run}")
+      summaries, broken = [], []
+      for seed, each, state in zip(
+        self._seeds, self._results, states, strict=True
+      ):
+        if len(states) > 1 and not _is_finite(state):
+          broken.append(str(seed))
+        else:
+          summaries.append(each.summarise(state, self._config, command))
+    if summaries:
+      telling.say(f"{telling.result_line(summaries)}: {self._folders.run}")
+    if broken:
+      raise RunError(
+        f"NaN or infinity in the network(s) of seed {', '.join(broken)}; the "
+        "others are finished"
+      )
     return summaries
 
   def _train(self, create: Callable[[Any], TrainState]) -> Any:
@@ -127,7 +139,7 @@ class Run:
       )
     if joined is None:
       first = runtime.quick_jit(create)
-      states = [first(np.uint32(seed)) for seed in self._seeds]
+      states = [jax.device_get(first(np.uint32(s))) for s in self._seeds]
       joined = self._layout.joined(states)
     self._results = [
       Results(folder, identity, step, self._config.tensorboard)
@@ -208,10 +220,13 @@ class Run:
       )
 
   def _save(self, state: Any, step: int) -> None:
-    best = {
-      each.best["step"] for each in self._results if each.last_step is not None
-    }
-    self._checkpoints.save(self._layout.gathered(state), step, best)
+    """All networks; the best is that of the highest mean test accuracy."""
+    means = [
+      (statistics.fmean(line["test_accuracy"] for line in row), row[0]["step"])
+      for row in zip(*(each.lines for each in self._results), strict=False)
+    ]
+    best_step = max(means)[1] if means else None
+    self._checkpoints.save(self._layout.gathered(state), step, best_step)
 
   def _end_epoch(
     self, state: Any, step: int, speed: dict[str, float | None]
@@ -262,8 +277,14 @@ class Run:
       telling.say(f"Sparsity{whose} at {when}:\n{table}")
 
 
+def _is_finite(state: TrainState) -> bool:
+  """Whether a network's parameters are, on the host."""
+  leaves = map(np.asarray, jax.tree.leaves(state.params))
+  return all(np.isfinite(leaf).all() for leaf in leaves)
+
+
 class _Watch:
-  """Looks at the figures of each call, one call later.
+  """Looks at the figures of each call, some calls later.
 
   Args:
     progress: Shows them.
@@ -274,13 +295,13 @@ class _Watch:
     grain: Steps that take about a second.
   """
 
-  _BEHIND = 1
   _MOST = 1024
 
   def __init__(
     self, progress: telling.Progress, layout: Layout, config: Config
   ) -> None:
     self.grain = 1
+    self._told: set[int] = set()
     self._progress = progress
     self._layout = layout
     self._config = config
@@ -292,7 +313,7 @@ class _Watch:
   def push(self, count: int, metrics: StepMetrics) -> None:
     """Remembers the figures of so many steps, and looks at older ones."""
     self._pending.append((count, metrics))
-    if len(self._pending) > self._BEHIND:
+    while len(self._pending) > (4 if count == 1 else 1):
       self._look()
 
   def drain(self) -> None:
@@ -306,7 +327,7 @@ class _Watch:
     if not self._config.skip_nonfinite:
       for index, one in enumerate(each):
         if not one.finite:
-          raise RunError(self._not_finite(index, one))
+          self._tell(index, one)
     loss, accuracy = np.mean([(m.loss, m.accuracy) for m in each], axis=0)
     self._progress.steps(count, loss, accuracy)
     self._adapt(count)
@@ -319,11 +340,21 @@ class _Watch:
     elif seconds > 2:
       self.grain = max(self.grain // 2, 1)
 
-  def _not_finite(self, index: int, metrics: StepMetrics) -> str:
-    seed = self._config.seed + index
-    whose = f" of seed {seed}" if self._config.networks > 1 else ""
-    return (
-      f"NaN or infinity in the loss ({metrics.loss:g}), the gradient or the "
-      f"network{whose} after step {metrics.step}; the last good checkpoint is "
-      "kept (--skip-nonfinite leaves such steps out)"
+  def _tell(self, index: int, metrics: StepMetrics) -> None:
+    """One network that is not finite ends the run; one of several does not."""
+    what = (
+      f"NaN or infinity in the loss ({metrics.loss:g}), the gradient or the"
     )
+    advice = "(--skip-nonfinite leaves such steps out)"
+    if self._config.networks == 1:
+      raise RunError(
+        f"{what} network after step {metrics.step}; the last good checkpoint "
+        f"is kept {advice}"
+      )
+    if index not in self._told:
+      self._told.add(index)
+      seed = self._config.seed + index
+      telling.say(
+        f"{what} network of seed {seed} by step {metrics.step}; the others go "
+        f"on {advice}"
+      )

@@ -44,6 +44,11 @@ class Results:
     )
 
   @property
+  def lines(self) -> list[dict[str, Any]]:
+    """What is in `metrics.jsonl`."""
+    return self._log.lines
+
+  @property
   def seconds(self) -> float:
     """Seconds that the run has taken up to the last line."""
     return self._log.seconds

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import ctypes
 import functools
 import os
-import pathlib
 import sys
 from typing import Any
 
@@ -27,9 +26,10 @@ def prepare() -> None:
   """
   keep_pages()
   if getattr(jax.config, _CACHE) is None:
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = str(pathlib.Path(home, "sparseopt-jax", "compiled"))
-    jax.config.update(_CACHE, folder)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):  # Not where there is no home.
+      folder = os.path.join(caches, "sparseopt-jax", "compiled")
+      jax.config.update(_CACHE, folder)
 
 
 def keep_pages() -> None:
@@ -43,7 +43,8 @@ def keep_pages() -> None:
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is not None:  # musl has none.
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_MMAP_THRESHOLD, 2**31 - 1)
+    # Older versions take at most 32 MiB.
+    mallopt(_MMAP_THRESHOLD, 2**31 - 1) or mallopt(_MMAP_THRESHOLD, 2**25)
     mallopt(_ARENA_MAX, 1)
 
 

@@ -35,7 +35,7 @@ class StopRequest:
   second one ends the process at once, even in the middle of a compilation.
 
   Attributes:
-    EVERY: Several processes compare notes at multiples of so many steps.
+    EVERY: Several processes compare notes when this divides the count.
     number: The signal's number, or 0.
   """
 
@@ -65,14 +65,14 @@ class StopRequest:
     for each in self._previous:
       signal.signal(each, signal.SIG_DFL)
 
-  def agreed(self, step: int) -> int:
-    """The signal that all processes stop at after this step, or 0.
+  def agreed(self, count: int) -> int:
+    """The signal that all processes stop at now, or 0.
 
     In several processes they have to stop after the same step, or one would
-    wait for the others for ever; so they compare notes every few steps.
+    wait for the others for ever; so they compare notes now and then.
 
     Args:
-      step: Steps done, the same in all processes.
+      count: Of steps, or of calls in an evaluation; the same in all processes.
 
     Returns:
       The largest number that any process was sent.
@@ -82,7 +82,7 @@ class StopRequest:
 
     if jax.process_count() == 1:
       return self.number
-    if step % self.EVERY:
+    if count % self.EVERY:
       return 0
     numbers = multihost_utils.process_allgather(np.int32(self.number))
     return int(np.max(numbers))

@@ -68,6 +68,7 @@ class Task(NamedTuple):
     skip_nonfinite: Whether a step with NaN or infinity leaves the state alone.
     axis_name: The axis of devices that share a batch, or None.
     mapped: Whether states and metrics have a leading axis of networks.
+    stops: Whether a loop of steps ends at one that is not finite.
   """
 
   model: nn.Module
@@ -80,6 +81,7 @@ class Task(NamedTuple):
   skip_nonfinite: bool = False
   axis_name: str | None = None
   mapped: bool = False
+  stops: bool = True
 
 
 class StepMetrics(NamedTuple):
@@ -109,7 +111,7 @@ def train_steps(
 ) -> tuple[TrainState, StepMetrics]:
   """Takes several steps in one call.
 
-  It stops after a step that is not finite, unless these are to be left out.
+  It may stop after a step that is not finite.
 
   Args:
     task: The static part.
@@ -134,7 +136,7 @@ def train_steps(
 
   def goes_on(carry: tuple) -> jax.Array:
     done, _, metrics = carry
-    sound = task.skip_nonfinite | jnp.all(metrics.finite)
+    sound = jnp.all(metrics.finite) | (not task.stops)
     return (done < count) & sound
 
   def body(carry: tuple) -> tuple:
