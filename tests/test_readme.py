@@ -1,4 +1,4 @@
-"""The Python in README.md runs, from its first block to its last."""
+"""The Python of README.md and of the guide runs, block after block."""
 
 import pathlib
 import re
@@ -11,7 +11,8 @@ import optax
 
 import sparseopt_jax
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ROOT / "README.md", ROOT / "sparseopt_jax" / "README.md"
 
 
 class _Net(nn.Module):
@@ -37,11 +38,17 @@ def _names_of_the_reader():
 
 
 def test_python_blocks_run():
-  blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
-  assert len(blocks) >= 4
   names = _names_of_the_reader()
+  blocks = [
+    block
+    for page in PAGES
+    for block in re.findall(
+      r"^```python\n(.*?)^```", page.read_text(), re.M | re.S
+    )
+  ]
+  assert len(blocks) == 5
   for block in blocks:
-    exec(compile(block, README.name, "exec"), names)
+    exec(compile(block, "a page", "exec"), names)
   masks = sparseopt_jax.get_masks(names["opt_state"])
   for layer in ("Dense_0", "Dense_1"):
     kernel = np.asarray(names["params"][layer]["kernel"])
