@@ -373,10 +373,10 @@ def _export(
   Raises:
     RunError: If the file does not have the accuracy of the run. It is removed.
   """
-  config = Config.from_identity(folder.read_network(run))
   summary = _finished(run)
   from sparseopt_jax.training import build
 
+  config = Config.from_identity(folder.read_network(run))
   config = dataclasses.replace(config, data_dir=data_dir)
   dataset = build.dataset(config)
   variables, masks = _final(config, run, summary["step"])
@@ -489,8 +489,10 @@ def _finished(run: pathlib.Path) -> dict[str, Any]:
     summary = json.loads(path.read_text())
     return {name: summary[name] for name in _FIGURES}
   except (OSError, ValueError, KeyError, TypeError) as error:
+    several = any(run.glob("seed-*"))
+    advice = f"; give one of its networks, {run / 'seed-K'}" if several else ""
     raise UsageError(
-      f"{run} is not the folder of a finished run: {path.name}: {error}"
+      f"{run} is not the folder of a finished run: {path.name}: {error}{advice}"
     ) from None
 
 

@@ -274,10 +274,11 @@ def test_commands_name_the_folder_that_they_want(monkeypatch, tmp_path, capsys):
   tiny.use(monkeypatch)
   run = tmp_path / "run"
   assert train.main(tiny.arguments(run, **FOUR)) == 0
-  for command, words in ((export, [run, tmp_path / "x"]), (compare, [run])):
-    assert command.main(list(map(str, words))) == 2
-    error = capsys.readouterr().err
-    assert f"is a run of 4 networks; give their folders, such as {run}" in error
+  assert export.main([str(run), str(tmp_path / "x")]) == 2
+  assert f"give one of its networks, {run}/seed-K" in capsys.readouterr().err
+  assert compare.main([str(run)]) == 2
+  error = capsys.readouterr().err
+  assert f"is a run of 4 networks; give their folders, such as {run}" in error
   # A folder that is not one of the run's networks.
   foreign = run / "seed-77"
   shutil.copytree(run / "seed-6", foreign)
