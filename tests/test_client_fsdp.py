@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
+import pytest
 
 import sparseopt_jax
 from sparseopt_jax import inspection
@@ -90,6 +91,7 @@ def _train(num_devices):
   return net, state, first
 
 
+@pytest.mark.slow
 def test_fsdp():
   net, state, masks = _train(8)
   images, labels = clients.digits()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import sparseopt_jax
 
@@ -136,6 +137,7 @@ def train(key: jax.Array) -> tuple[Any, Any, Any, jax.Array]:
   return params, first_masks, sparseopt_jax.get_masks(opt_state), lengths
 
 
+@pytest.mark.slow
 def test_an_agent_for_each_seed():
   keys = jax.random.split(jax.random.key(0), 4)
   params, first, last, lengths = jax.jit(jax.vmap(train))(keys)

@@ -58,6 +58,7 @@ def loss(params, words):
   return losses(logits[:, 3:], words[:, 4:]).mean()
 
 
+@pytest.mark.slow
 def test_transformer():
   params = Transformer().init(jax.random.key(0), sentences(jax.random.key(0)))
   params = params["params"]

@@ -119,7 +119,10 @@ def _signal_at(monkeypatch, step):
   monkeypatch.setattr(feed.Resident, "train", asking)
 
 
-@pytest.mark.parametrize("flags", [{}, FOUR, {**FOUR, "devices": 2}])
+@pytest.mark.parametrize(
+  "flags",
+  [{}, FOUR, pytest.param({**FOUR, "devices": 2}, marks=pytest.mark.slow)],
+)
 def test_stopped_and_resumed_bit_for_bit(monkeypatch, tmp_path, flags):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   tiny.use(monkeypatch)
@@ -139,6 +142,7 @@ def test_stopped_and_resumed_bit_for_bit(monkeypatch, tmp_path, flags):
     assert tiny.metrics(whole / name) == tiny.metrics(parts / name)
 
 
+@pytest.mark.slow
 def test_resumed_between_the_lines_of_two_networks(monkeypatch, tmp_path):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   tiny.use(monkeypatch)
@@ -182,7 +186,9 @@ def _spoil(monkeypatch):
   monkeypatch.setattr(state_lib, "create", spoiled)
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+  "mapped", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_a_network_that_is_not_finite_leaves_the_others(
   monkeypatch, tmp_path, capsys, mapped
 ):
