@@ -257,6 +257,12 @@ def test_another_flag_is_refused_with_the_difference(
   assert "--momentum 0.9 became 0.8; --seed 0 became 1" in error
 
 
+def test_figures_of_training_are_of_one_epoch(monkeypatch, finished):
+  tiny.use(monkeypatch)
+  for step in (6, 12):  # Six steps of sixteen images each.
+    assert tiny.restored(finished, step).sums.examples == 6 * 16
+
+
 def test_half_a_line_and_later_lines_go(tmp_path):
   path = tmp_path / folder.METRICS
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
