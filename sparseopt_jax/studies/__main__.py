@@ -11,7 +11,7 @@ from sparseopt_jax.training import signals
 
 NAMES = (
   "gradient-skew",
-  "exploration",
+  "baseline",
   "convergence",
   "ablations",
   "topologies",

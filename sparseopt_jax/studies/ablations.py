@@ -15,24 +15,19 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import optax
 
 import sparseopt_jax
 from sparseopt_jax import _paths
-from sparseopt_jax import compare
 from sparseopt_jax import inspection
 from sparseopt_jax._state import map_sparse
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import ham as ham_lib
 from sparseopt_jax.studies import paired
-from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import optimizer
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
-from sparseopt_jax.training.errors import UsageError
 
 NAME = "ablations"
 # Norm of normalised gradients over all layers, the same with SparseOpt and
@@ -262,6 +257,7 @@ class Variant:
     against: The label of the variant to compare with.
     factory: The optimiser, where no flag of the trainer tells it.
     dense_layers: `Config.dense_layers`.
+    grow_from: `Config.grow_from`.
   """
 
   label: str
@@ -269,16 +265,21 @@ class Variant:
   against: str | None = None
   factory: grid.Factory | None = None
   dense_layers: tuple[str, ...] = ()
+  grow_from: Literal["raw", "corrected"] = "raw"
 
   def config(
     self, args: argparse.Namespace, condition: str, seed: int
   ) -> Config:
     """One run of it."""
-    is_adam = self.factory in (adam, after_adam)
-    rate = ADAM_LEARNING_RATE if is_adam else args.learning_rate
-    arm = cells.Arm(self.label, self.correction)
-    found = cells.config(args, condition, arm, args.epochs, rate, seed)
-    return dataclasses.replace(found, dense_layers=self.dense_layers)
+    arm = cells.Arm(self.label, self.correction, self.grow_from)
+    found = cells.config(args, condition, arm, args.epochs, seed)
+    if self.factory in (adam, after_adam):
+      found = dataclasses.replace(found, learning_rate=ADAM_LEARNING_RATE)
+    return dataclasses.replace(
+      found,
+      dense_layers=self.dense_layers,
+      measure_skew=self.factory is None,
+    )
 
   def name(self, config: Config) -> str:
     """The folder of a run; that of other studies where they share it."""
@@ -293,6 +294,9 @@ class Variant:
 VARIANTS = (
   Variant("baseline", "off"),
   Variant("SparseOpt", "on", "baseline"),
+  Variant(
+    "SparseOpt, corrected growth", "on", "SparseOpt", grow_from="corrected"
+  ),
   Variant("normalised baseline", "off", "baseline", normalized),
   Variant("normalised SparseOpt", "on", "normalised baseline", normalized),
   Variant("HAM", "off", "baseline", ham),
@@ -309,17 +313,13 @@ VARIANTS = (
   Variant("SparseOpt after Adam", "on", "Adam", after_adam),
 )
 
-
-def _notes(args: argparse.Namespace) -> str:
-  return (
-    f"{cells.described(args)}, {args.epochs} epochs; SGD with "
-    f"learning rate {args.learning_rate:g}, Adam with {ADAM_LEARNING_RATE:g}, "
-    "none of them tuned for a variant.\n"
-    f"normalised: the gradient after the link has norm {GRADIENT_NORM:g} in "
-    "each step. HAM: alpha "
-    f"{HAM['alpha']:g}, beta {HAM['beta']:g}. dense ends: {' and '.join(ENDS)} "
-    "have no mask; the other layers keep their sparsity over all of them."
-  )
+_NOTE = (
+  f" (Adam: {ADAM_LEARNING_RATE:g}), not tuned for a variant.\n"
+  f"normalised: the gradient after the link has norm {GRADIENT_NORM:g} in each "
+  f"step. HAM: alpha {HAM['alpha']:g}, beta {HAM['beta']:g}.\n"
+  f"dense ends: {' and '.join(ENDS)} have no mask; the other layers keep their "
+  "sparsity over all of them."
+)
 
 
 def study(args: argparse.Namespace, command: str) -> None:
@@ -329,51 +329,29 @@ def study(args: argparse.Namespace, command: str) -> None:
     UsageError: A flag out of its range, or `--report` and nothing is there.
   """
   cells.check(args)
-  chosen = [variant for variant in VARIANTS if variant.label in args.variants]
-  every, factories, places = {}, {}, {}
-  for seed in range(args.seeds):
-    for condition in args.conditions:
-      for variant in chosen:
-        config = variant.config(args, condition, seed)
-        name = variant.name(config)
-        every[name] = config
-        places[condition, variant.label, seed] = name
-        if variant.factory is not None:
-          factories[name] = variant.factory
-  jobs = 0 if args.report else args.jobs
-  runs = grid.run(every, args.out, jobs, factories)
-  if not runs:
-    raise UsageError(cells.nothing_there(args))
-  results = {}
-  for condition in args.conditions:
-    found: dict[str, dict[int, compare.Run]] = {}
-    for (place, label, seed), name in places.items():
-      if place == condition and name in runs:
-        found.setdefault(label, {})[seed] = runs[name]
-    if found:
-      results[condition] = paired.summarise(found, VARIANTS)
-  raw = {
-    "network": cells.described(args),
-    "learning_rate": args.learning_rate,
+  wanted = [
+    paired.Cell(condition, variant, variant.name(config), config)
+    for seed in range(args.seeds)
+    for condition in args.conditions
+    for variant in VARIANTS
+    if variant.label in args.variants
+    for config in [variant.config(args, condition, seed)]
+  ]
+  about = {
     "adam_learning_rate": ADAM_LEARNING_RATE,
     "gradient_norm": GRADIENT_NORM,
     "ham": HAM,
     "dense_ends": ENDS,
-    "trained_on": grid.trained_on(args.out, runs),
-    "results": results,
   }
-  text = (
-    f"{paired.table(results)}\n{len(runs)} of {len(every)} runs; {_notes(args)}"
-  )
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, text, paired.figure(results))
+  paired.study(NAME, args, command, wanted, about, _NOTE)
 
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the command and returns its exit code."""
   parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=3)
-  cells.add_conditions(parser, [cells.TUNED_ON])
-  cells.add_training(parser)
+  cells.add_conditions(parser, ["rigl-95"])
+  cells.add_learning_rate(parser)
+  cells.add_epochs(parser)
   labels = [variant.label for variant in VARIANTS]
   parser.add_argument(
     "--variants",

@@ -1,4 +1,4 @@
-"""What the studies of trained networks train: names, flags, learning rates."""
+"""What the studies of trained networks train: names, conditions, flags."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import re
-import statistics
 from typing import Any
 
-from sparseopt_jax import compare
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training import recipes
@@ -25,10 +23,6 @@ _DEFAULTS: dict[str, Any] = {
   "batch_size": 128,
   "update_every": 100,
 }
-# Seeds of the runs that choose the learning rate; no result uses them.
-TUNING_SEEDS = (1_000, 1_001)
-# What is trained to choose it.
-TUNED_ON = "rigl-95"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +42,6 @@ class Arm:
 
 BASELINE = Arm("baseline", "off")
 SPARSEOPT = Arm("SparseOpt", "on")
-CORRECTED_GROWTH = Arm("SparseOpt, corrected growth", "on", "corrected")
 
 
 def parse_condition(text: str) -> dict[str, Any]:
@@ -72,7 +65,6 @@ def config(
   condition: str,
   arm: Arm,
   epochs: int,
-  learning_rate: float,
   seed: int,
 ) -> Config:
   """One run; condition 'dense' is training without masks."""
@@ -80,12 +72,12 @@ def config(
   if condition != "dense":
     what = parse_condition(condition)
     what |= {"correction": arm.correction, "grow_from": arm.grow_from}
+    what["measure_skew"] = True
   return Config(
     **{
       **_base(args),
       "data_dir": args.data_dir,
       "epochs": epochs,
-      "learning_rate": learning_rate,
       "seed": seed,
       **what,
     }
@@ -100,8 +92,14 @@ def _base(args: argparse.Namespace) -> dict[str, Any]:
   flags = dict(_DEFAULTS)
   if args.recipe is not None:
     flags = dict(recipes.RECIPES[args.recipe].flags)
-  given = {name: getattr(args, name) for name in ("dataset", "model", "width")}
+  names = ("dataset", "model", "width", "learning_rate")
+  given = {name: vars(args).get(name) for name in names}
   return flags | {k: value for k, value in given.items() if value is not None}
+
+
+def learning_rate(args: argparse.Namespace) -> float:
+  """Of all runs that have no other."""
+  return Config(**_base(args)).learning_rate
 
 
 def described(args: argparse.Namespace) -> str:
@@ -126,61 +124,6 @@ def name(config: Config) -> str:
   return "-".join(words)
 
 
-def tuning(args: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, Config]:
-  """The runs that choose the learning rate: the same ones for each arm.
-
-  Where there is one rate alone, there is nothing to choose.
-  """
-  if len(args.learning_rates) == 1:
-    return {}
-  found = [
-    config(args, TUNED_ON, arm, args.tuning_epochs, rate, seed)
-    for arm in arms
-    for rate in args.learning_rates
-    for seed in TUNING_SEEDS
-  ]
-  return {name(each): each for each in found}
-
-
-def accuracies_by_rate(
-  args: argparse.Namespace, arm: Arm, runs: dict[str, compare.Run]
-) -> dict[float, list[float]]:
-  """Final test accuracies of the tuning runs, by learning rate."""
-  found = {}
-  for rate in args.learning_rates:
-    names = [
-      name(config(args, TUNED_ON, arm, args.tuning_epochs, rate, seed))
-      for seed in TUNING_SEEDS
-    ]
-    if all(each in runs for each in names):
-      found[rate] = [runs[each].lines[-1]["test_accuracy"] for each in names]
-  return found
-
-
-def chosen_rates(
-  args: argparse.Namespace, arms: Sequence[Arm], runs: dict[str, compare.Run]
-) -> dict[str, float]:
-  """The learning rate of highest mean accuracy, by arm.
-
-  Raises:
-    UsageError: Not all of them have been tried yet.
-  """
-  if len(args.learning_rates) == 1:
-    return {arm.label: args.learning_rates[0] for arm in arms}
-  rates = {}
-  for arm in arms:
-    found = accuracies_by_rate(args, arm, runs)
-    if len(found) < len(args.learning_rates):
-      raise UsageError(
-        f"--out {args.out}: the runs that choose the learning rate are not all "
-        "there; leave out --report to train them"
-      )
-    rates[arm.label] = max(
-      found, key=lambda rate: statistics.fmean(found[rate])
-    )
-  return rates
-
-
 def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
   """The flags that all studies of trained networks share."""
   found = cli.Parser(
@@ -197,7 +140,7 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
     "--recipe",
     choices=list(recipes.RECIPES),
     help="take data set, network and flags from a recipe of the trainer, but "
-    "for epochs and learning rate (default: Fashion-MNIST, resnet8 of width 8)",
+    "for its epochs (default: Fashion-MNIST, resnet8 of width 8)",
   )
   found.add_argument("--dataset", help="another data set")
   found.add_argument("--model", help="another network")
@@ -231,34 +174,19 @@ def add_conditions(parser: cli.Parser, default: Sequence[str]) -> None:
   )
 
 
-def add_tuning(parser: cli.Parser) -> None:
-  """The flags of a study that chooses the learning rate of each arm."""
-  parser.add_argument(
-    "--learning-rates",
-    type=float,
-    nargs="+",
-    default=[0.05, 0.1, 0.2, 0.4],
-    help="of which the best is taken, for each arm by itself; one alone is "
-    "not tried first (default: %(default)s)",
-  )
-  parser.add_argument(
-    "--tuning-epochs",
-    type=int,
-    default=2,
-    help="of the runs that choose (default: %(default)s)",
-  )
-
-
-def add_training(parser: cli.Parser) -> None:
-  """The flags of a study with one budget and one learning rate."""
-  parser.add_argument(
-    "--epochs", type=int, default=4, help="of a run (default: %(default)s)"
-  )
+def add_learning_rate(parser: cli.Parser) -> None:
+  """The flag of a study with one learning rate."""
   parser.add_argument(
     "--learning-rate",
     type=float,
-    default=0.1,
-    help="of SGD, in all arms (default: %(default)s)",
+    help="of SGD, in all arms (default: the recipe's, or 0.1)",
+  )
+
+
+def add_epochs(parser: cli.Parser) -> None:
+  """The flag of a study with one budget."""
+  parser.add_argument(
+    "--epochs", type=int, default=4, help="of a run (default: %(default)s)"
   )
 
 
@@ -269,21 +197,10 @@ def nothing_there(args: argparse.Namespace) -> str:
 
 def check(args: argparse.Namespace) -> None:
   """Raises UsageError for a flag of all studies out of its range."""
-  _check_positive(args, "seeds", "jobs")
+  for name in ("seeds", "jobs"):
+    if getattr(args, name) < 1:
+      raise UsageError(
+        f"--{name} must be at least 1, got {getattr(args, name)}"
+      )
   for condition in args.conditions:
     parse_condition(condition)
-
-
-def check_tuning(args: argparse.Namespace) -> None:
-  """Raises UsageError for a flag of `add_tuning` out of its range."""
-  _check_positive(args, "tuning_epochs")
-  for rate in args.learning_rates:
-    config(args, TUNED_ON, BASELINE, 2, rate, 0)
-
-
-def _check_positive(args: argparse.Namespace, *names: str) -> None:
-  for each in names:
-    if getattr(args, each) < 1:
-      raise UsageError(
-        f"{config_lib.flag(each)} must be at least 1, got {getattr(args, each)}"
-      )

@@ -1,14 +1,14 @@
-"""Does SparseOpt converge faster? Paired runs.
+"""Does SparseOpt converge faster, and does the skew behave as it should?
 
 For each condition (topology and sparsity) and each training budget, the same
-seeds are trained with and without the correction. The learning rate is chosen
-for each of the two by itself, by the same runs of other seeds.
+seeds are trained with and without the correction, with the baseline's learning
+rate in both: the study `baseline` chooses it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import itertools
 import math
 import shlex
@@ -30,12 +30,27 @@ from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
 
 NAME = "convergence"
 ARMS = (cells.BASELINE, cells.SPARSEOPT)
-# Test accuracies to count epochs to.
-LEVELS = (0.80, 0.85, 0.88)
-_COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8", "dense": "#8a8a8a"}
+# The paper's curves differ most early: after 10 epochs of 90.
+EARLY = 10
+_COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8"}
+# Along training, by the name in `along`.
+_PANELS = {
+  "test_accuracy": "test accuracy",
+  "skew_slope": "skew slope (dotted: after mask updates)",
+  "dead_neurons": "dead neurons",
+  "itop_rate": "ITOP rate",
+  "fan_in_spread": "fan-in spread",
+}
+Pair = tuple[compare.Run, compare.Run]
+
+
+def early_epoch(epochs: int) -> int:
+  """The epoch of a budget after which to look: 10, or half of fewer."""
+  return min(EARLY, math.ceil(epochs / 2))
 
 
 def epochs_to(run: compare.Run, accuracy: float) -> float:
@@ -50,316 +65,276 @@ def epochs_to(run: compare.Run, accuracy: float) -> float:
   return math.nan
 
 
-def main_cells(
-  args: argparse.Namespace, rates: dict[str, float]
-) -> dict[str, Config]:
-  """All runs but those that choose the learning rate, short budgets first."""
-  found = []
-  for epochs, seed in itertools.product(args.budgets, range(args.seeds)):
-    for condition, arm in itertools.product(args.conditions, ARMS):
-      rate = rates[arm.label]
-      found.append(cells.config(args, condition, arm, epochs, rate, seed))
-    dense_rate = rates[cells.BASELINE.label]
-    found.append(
-      cells.config(args, "dense", cells.BASELINE, epochs, dense_rate, seed)
+def runs_of(
+  args: argparse.Namespace, condition: str, epochs: int
+) -> list[tuple[Config, Config]]:
+  """Baseline and SparseOpt of each seed."""
+
+  def pair(seed: int) -> tuple[Config, Config]:
+    one, other = (
+      cells.config(args, condition, arm, epochs, seed) for arm in ARMS
     )
-  return {cells.name(each): each for each in found}
+    return one, other
+
+  return list(map(pair, range(args.seeds)))
 
 
-def pairs(
-  args: argparse.Namespace,
-  rates: dict[str, float],
-  runs: dict[str, compare.Run],
-  condition: str,
-  epochs: int,
-) -> list[tuple[compare.Run, compare.Run]]:
-  """Baseline and SparseOpt of each seed, where both are there."""
-  found = []
-  for seed in range(args.seeds):
-    names = [
-      cells.name(
-        cells.config(args, condition, arm, epochs, rates[arm.label], seed)
-      )
-      for arm in ARMS
-    ]
-    if all(each in runs for each in names):
-      found.append((runs[names[0]], runs[names[1]]))
-  return found
-
-
-def compare_pairs(
-  found: Sequence[tuple[compare.Run, compare.Run]],
-) -> dict[str, Any]:
+def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
   """Statistics over the seeds of one condition and budget.
 
   Args:
     found: (baseline, SparseOpt), one pair a seed.
 
   Returns:
-    Means with half the width of their 95 % confidence interval; the difference
-    is of pairs. The speed-up is the baseline's epochs to its own final test
-    accuracy over SparseOpt's epochs to the same accuracy: the median over all
-    seeds, with 0 for the `never` ones in which SparseOpt does not get there.
+    - For each of `final`, `early` (test accuracies at the end and after
+      `early_epoch`), `half` (epochs to half of the baseline's final accuracy),
+      `train` (accuracy while training, in the last epoch) and `dead_neurons`:
+      `baseline`, `sparseopt` and their `difference`, means over the seeds with
+      half the width of their 95 % confidence interval; the difference is of
+      pairs. `raw`: [baseline, SparseOpt] of each seed.
+    - `speedup`: the baseline's epochs to its own final test accuracy over
+      SparseOpt's epochs to the same accuracy: the median over all seeds, with 0
+      for the `never` ones in which SparseOpt does not get there.
+    - `along`: see there.
   """
+  early = early_epoch(int(found[0][0].lines[-1]["epoch"]))
 
-  def final(figure: str) -> np.ndarray:
-    return np.array([[run.lines[-1][figure] for run in pair] for pair in found])
+  def last(name: str) -> list[list[float]]:
+    return [[run.lines[-1][name] for run in pair] for pair in found]
 
-  test, train = final("test_accuracy"), final("train_accuracy")
-  dead = final("dead_neurons")
+  def early_accuracy(run: compare.Run) -> float:
+    (line,) = [line for line in run.lines if line["epoch"] == early]
+    return line["test_accuracy"]
+
+  final = last("test_accuracy")
+  half = [
+    [epochs_to(run, ends[0] / 2) for run in pair]
+    for pair, ends in zip(found, final, strict=True)
+  ]
   speedups = []
-  for baseline, other in found:
-    target = baseline.lines[-1]["test_accuracy"]
+  for (baseline, other), (target, _) in zip(found, final, strict=True):
     speedup = epochs_to(baseline, target) / epochs_to(other, target)
     speedups.append(0.0 if math.isnan(speedup) else speedup)
   return {
     "seeds": len(found),
-    "baseline": report.interval(test[:, 0].tolist()),
-    "sparseopt": report.interval(test[:, 1].tolist()),
-    "difference": report.interval((test[:, 1] - test[:, 0]).tolist()),
-    "train_difference": report.interval((train[:, 1] - train[:, 0]).tolist()),
+    "final": _paired(final),
+    "early": {
+      "epoch": early,
+      **_paired([[early_accuracy(run) for run in pair] for pair in found]),
+    },
+    "half": _paired(half),
+    "train": _paired(last("train_accuracy")),
+    "dead_neurons": _paired(last("dead_neurons")),
     "speedup": statistics.median(speedups),
     "never": speedups.count(0.0),
-    "epochs_to": {
-      f"{level:.0%}": [
-        report.interval([epochs_to(pair[arm], level) for pair in found])
-        for arm in range(2)
+    "along": along(found),
+  }
+
+
+def _paired(values: list[list[float]]) -> dict[str, Any]:
+  baseline, sparseopt = zip(*values, strict=True)
+  return {
+    "baseline": report.interval(baseline),
+    "sparseopt": report.interval(sparseopt),
+    "difference": report.interval([b - a for a, b in values]),
+    "raw": values,
+  }
+
+
+def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
+  """{figure: {arm: an interval over the seeds each epoch}}.
+
+  The slope of the skew is that of the updates which the run makes: where
+  SparseOpt is on, 1/2 more than that of the gradient.
+  """
+
+  def spread(line: dict[str, Any]) -> float:
+    layers = line["layers"].values()
+    return statistics.fmean(layer["fan_in_spread"] for layer in layers)
+
+  def slope(name: str) -> Callable[[dict[str, Any], str], float]:
+    def of(line: dict[str, Any], arm: str) -> float:
+      value = line.get(name)
+      shift = 0.5 if arm == cells.SPARSEOPT.label else 0.0
+      return math.nan if value is None else value + shift
+
+    return of
+
+  figures: dict[str, Callable[[dict[str, Any], str], float]] = {
+    name: lambda line, arm, name=name: line[name]  # type: ignore[misc]
+    for name in ("test_accuracy", "dead_neurons", "itop_rate")
+  }
+  figures["fan_in_spread"] = lambda line, arm: spread(line)
+  for name in ("skew_slope", "skew_slope_before", "skew_slope_after"):
+    figures[name] = slope(name)
+  return {
+    name: {
+      arm.label: [
+        report.interval([figure(line, arm.label) for line in epoch])
+        for epoch in zip(*(run.lines for run in runs), strict=True)
       ]
-      for level in LEVELS
-    },
-    "itop_rate": final("itop_rate").mean(axis=0).tolist(),
-    "dead_neurons": dead.mean(axis=0).tolist(),
-    "dead_difference": report.interval((dead[:, 1] - dead[:, 0]).tolist()),
-    "raw": {
-      "test": test.tolist(),
-      "train": train.tolist(),
-      "dead_neurons": dead.tolist(),
-    },
+      for arm, runs in zip(ARMS, zip(*found, strict=True), strict=True)
+    }
+    for name, figure in figures.items()
   }
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-  """A line a condition and budget."""
-  header = [
-    "condition, epochs",
-    "seeds",
-    "baseline %",
-    "SparseOpt %",
-    "difference",
-    "while training",
-    "speed-up",
-    "never",
-    *(f"epochs to {level:.0%}" for level in LEVELS),
-    "ITOP %",
-    "dead",
-    "more dead",
-  ]
-  rows = [header]
-  for label, row in results.items():
-    levels = [
-      " | ".join(map(report.number, row["epochs_to"][f"{level:.0%}"]))
-      for level in LEVELS
+  """What was gained, a line a condition and budget; then how it went."""
+  rows = [
+    [
+      "condition, epochs",
+      "seeds",
+      "baseline %",
+      "SparseOpt %",
+      "difference",
+      "early epoch",
+      "difference",
+      "epochs to half",
+      "difference",
+      "while training",
+      "speed-up",
+      "never",
     ]
+  ]
+  for label, row in results.items():
+    final, early, half = row["final"], row["early"], row["half"]
     rows.append(
       [
         label,
         str(row["seeds"]),
-        report.percent(row["baseline"]),
-        report.percent(row["sparseopt"]),
-        report.percent(row["difference"]),
-        report.percent(row["train_difference"]),
+        report.percent(final["baseline"]),
+        report.percent(final["sparseopt"]),
+        report.percent(final["difference"]),
+        str(early["epoch"]),
+        report.percent(early["difference"]),
+        report.number(half["baseline"]),
+        report.number(half["difference"]),
+        report.percent(row["train"]["difference"]),
         f"{row['speedup']:.2f}" if row["speedup"] else "never",
         str(row["never"]),
-        *levels,
-        " | ".join(f"{100 * x:.1f}" for x in row["itop_rate"]),
-        " | ".join(f"{x:.1f}" for x in row["dead_neurons"]),
-        report.number(row["dead_difference"]),
       ]
     )
-  return metrics.aligned(rows)
+  return f"{metrics.aligned(rows)}\n\n{_mechanism(results)}"
 
 
-def _curves(
-  axis: Axes,
-  found: Sequence[tuple[compare.Run, compare.Run]],
-  dense: Sequence[compare.Run],
-) -> None:
-  columns = list(zip(*found, strict=True))
-  groups = dict(zip(("baseline", "SparseOpt"), columns, strict=True))
-  if dense:
-    groups["dense"] = tuple(dense)
-  for label, runs in groups.items():
-    epochs = [line["epoch"] for line in runs[0].lines]
-    for figure, style in (("test_accuracy", ".-"), ("train_accuracy", ".:")):
-      values = np.array([[line[figure] for line in r.lines] for r in runs])
-      is_test = figure == "test_accuracy"
-      axis.plot(
-        epochs,
-        values.mean(axis=0),
-        style,
-        color=_COLORS[label],
-        label=label if is_test else None,
+def _mechanism(results: dict[str, dict[str, Any]]) -> str:
+  header = ["condition, epochs, arm", "skew slope: first epoch", "last"]
+  header += ["before mask updates", "after", "dead", "ITOP %", "fan-in spread"]
+  rows = [header]
+  for label, row in results.items():
+    for arm in _COLORS:
+      found = {name: each[arm] for name, each in row["along"].items()}
+      updating = [
+        [x for x in found[f"skew_slope_{when}"] if not math.isnan(x[0])]
+        for when in ("before", "after")
+      ]
+      rows.append(
+        [
+          f"{label}, {arm}",
+          report.number(found["skew_slope"][0]),
+          report.number(found["skew_slope"][-1]),
+          *(report.number(each[-1] if each else None) for each in updating),
+          report.number(found["dead_neurons"][-1]),
+          report.percent(found["itop_rate"][-1]),
+          report.number(found["fan_in_spread"][-1]),
+        ]
       )
-      if is_test and len(values) > 1:
-        spread = [report.interval(column)[1] for column in values.T]
-        middle = values.mean(axis=0)
-        axis.fill_between(
-          epochs,
-          middle - spread,
-          middle + spread,
-          color=_COLORS[label],
-          alpha=0.2,
-          lw=0,
-        )
-  axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-  axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _lowest(found: Sequence[tuple[compare.Run, compare.Run]]) -> float:
-  """The lowest accuracy after a quarter of the epochs."""
-  return min(
-    min(line["test_accuracy"], line["train_accuracy"])
-    for pair in found
-    for run in pair
-    for line in run.lines[len(run.lines) // 4 :]
+  note = (
+    "skew slope: of log relative update against log density, of the updates "
+    "that the run makes;\nbefore and after: in the last epoch with mask updates"
   )
+  return f"{metrics.aligned(rows)}\n{note}"
 
 
-def _forest(axis: Axes, results: dict[str, dict[str, Any]]) -> None:
-  axis.set_title("Gain of SparseOpt, points")
-  for index, (mean, half) in enumerate(
-    row["difference"] for row in results.values()
-  ):
-    axis.errorbar(
-      100 * mean, -index, xerr=100 * half, fmt="o", color=_COLORS["SparseOpt"]
-    )
-  axis.axvline(0, color="black", lw=0.8)
-  axis.set_yticks([-i for i in range(len(results))], list(results))
-
-
-def figure(
-  args: argparse.Namespace,
-  rates: dict[str, float],
-  runs: dict[str, compare.Run],
-  results: dict[str, dict[str, Any]],
-) -> Figure:
-  """Curves of each condition and budget, and all differences."""
-  rows, columns = len(args.conditions), len(args.budgets)
-  width = max(3.3 * columns, 4.5)  # of the curves; the legend needs its room
-  found = Figure(figsize=(width + 5, 2.3 * rows), layout="constrained")
-  parts: Any = found.subfigures(1, 2, width_ratios=(width, 5))
-  left, right = parts
-  axes = left.subplots(rows, columns, squeeze=False)
-  for i, condition in enumerate(args.conditions):
-    for j, epochs in enumerate(args.budgets):
-      axis = axes[i, j]
-      axis.set_title(f"{condition}, {epochs} epochs")
-      paired = pairs(args, rates, runs, condition, epochs)
-      if paired:
-        _curves(axis, paired, _dense(args, rates, runs, epochs))
-        axis.set_ylim(_lowest(paired) - 0.02, None)
-        axis.set_xlim(0.5, epochs + 0.5)
-  handles, labels = axes[0, 0].get_legend_handles_labels()
-  title = "test accuracy (dotted: while training), mean and 95 % interval"
-  left.legend(handles, labels, loc="outside upper center", ncols=3, title=title)
+def figure(results: dict[str, dict[str, Any]]) -> Figure:
+  """A row a condition and budget: accuracy, and what goes with it."""
+  size = (3 * len(_PANELS), 2.7 * len(results))
+  found = Figure(figsize=size, layout="constrained")
+  axes: Any = found.subplots(len(results), len(_PANELS), squeeze=False)
+  for row, (label, result) in zip(axes, results.items(), strict=True):
+    for axis, (name, title) in zip(row, _PANELS.items(), strict=True):
+      axis.set_title(title, fontsize="small")
+      for arm, intervals in result["along"][name].items():
+        _band(axis, intervals, "-", _COLORS[arm], arm)
+      axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for arm, intervals in result["along"]["skew_slope_after"].items():
+      _band(row[1], intervals, ":", _COLORS[arm])
+    row[1].axhline(0, color="black", lw=0.8)
+    row[0].set_ylabel(label, fontweight="bold")
+    row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    row[3].yaxis.set_major_formatter(PercentFormatter(1.0))
   for axis in axes[-1]:
     axis.set_xlabel("epoch")
-  _forest(right.subplots(), results)
+  axes[0, 0].legend(loc="lower right")
   return found
 
 
-def _dense(
-  args: argparse.Namespace,
-  rates: dict[str, float],
-  runs: dict[str, compare.Run],
-  epochs: int,
-) -> list[compare.Run]:
-  rate = rates[cells.BASELINE.label]
-  names = [
-    cells.name(cells.config(args, "dense", cells.BASELINE, epochs, rate, seed))
-    for seed in range(args.seeds)
-  ]
-  return [runs[each] for each in names if each in runs]
-
-
-def _by_rate(accuracies: dict[float, list[float]]) -> str:
-  return ", ".join(
-    f"{rate:g}: {statistics.fmean(found):.2%}"
-    for rate, found in accuracies.items()
-  )
-
-
-def _report(
-  args: argparse.Namespace,
-  command: str,
-  tuned: dict[str, compare.Run],
-  rates: dict[str, float],
+def _band(
+  axis: Axes,
+  intervals: Sequence[Sequence[float]],
+  style: str,
+  color: str,
+  label: str | None = None,
 ) -> None:
-  runs = grid.collect(main_cells(args, rates), args.out)
-  results = {}
-  for condition, epochs in itertools.product(args.conditions, args.budgets):
-    found = pairs(args, rates, runs, condition, epochs)
-    if found:
-      results[f"{condition}, {epochs}"] = compare_pairs(found)
-  dense = {
-    epochs: report.interval([r.lines[-1]["test_accuracy"] for r in same])
-    for epochs in args.budgets
-    if (same := _dense(args, rates, runs, epochs))
-  }
-  tuning = {
-    arm.label: cells.accuracies_by_rate(args, arm, tuned) for arm in ARMS
-  }
-  lines = [
-    f"learning rates of {label} on {cells.TUNED_ON}, {args.tuning_epochs} "
-    f"epochs: {_by_rate(tuning[label])}"
-    for label in tuning
-    if tuning[label]
-  ]
-  lines += [
-    f"dense, {e} epochs: {report.percent(x)} %" for e, x in dense.items()
-  ]
-  raw = {
-    "network": cells.described(args),
-    "trained_on": grid.trained_on(args.out, [*tuned, *runs]),
-    "rates": rates,
-    "tuning": tuning,
-    "dense": dense,
-    "results": results,
-  }
-  with matplotlib.rc_context(plots.STYLE):
-    image = figure(args, rates, runs, results)
-    text = "\n".join([table(results), *lines])
-    report.save(args.out, NAME, command, raw, text, image)
+  mean, half = np.array(intervals, float).T
+  epochs = np.arange(1, len(mean) + 1)
+  axis.plot(epochs, mean, style, color=color, label=label)
+  axis.fill_between(
+    epochs, mean - half, mean + half, color=color, alpha=0.2, lw=0
+  )
 
 
 def study(args: argparse.Namespace, command: str) -> None:
   """Trains what is missing, and reports.
 
   Raises:
-    UsageError: A flag out of its range, or no learning rate is chosen yet and
-      `--report` forbids to train.
+    UsageError: A flag out of its range, or `--report` and no pair is there.
   """
   cells.check(args)
-  cells.check_tuning(args)
-  main_cells(args, {arm.label: args.learning_rates[0] for arm in ARMS})
-  tuning = cells.tuning(args, ARMS)
-  jobs = 0 if args.report else args.jobs
-  tuned = grid.run(tuning, args.out, jobs)
-  rates = cells.chosen_rates(args, ARMS, tuned)
-  grid.run(main_cells(args, rates), args.out, jobs)
-  _report(args, command, tuned, rates)
+  wanted = {
+    f"{condition}, {epochs}": runs_of(args, condition, epochs)
+    for epochs, condition in itertools.product(args.budgets, args.conditions)
+  }
+  every = {
+    cells.name(config): config
+    for pairs in wanted.values()
+    for pair in pairs
+    for config in pair
+  }
+  runs = grid.run(every, args.out, 0 if args.report else args.jobs)
+  results = {}
+  for label, pairs in wanted.items():
+    named = [(cells.name(one), cells.name(other)) for one, other in pairs]
+    found = [(runs[a], runs[b]) for a, b in named if {a, b} <= runs.keys()]
+    if found:
+      results[label] = compare_pairs(found)
+  if not results:
+    raise UsageError(cells.nothing_there(args))
+  raw = {
+    "network": cells.described(args),
+    "learning_rate": cells.learning_rate(args),
+    "trained_on": grid.trained_on(args.out, runs),
+    "results": results,
+  }
+  text = (
+    f"{table(results)}\n{len(runs)} of {len(every)} runs; "
+    f"{cells.described(args)}, learning rate {cells.learning_rate(args):g}"
+  )
+  with matplotlib.rc_context(plots.STYLE):
+    report.save(args.out, NAME, command, raw, text, figure(results))
 
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the command and returns its exit code."""
   parser = cells.parser(NAME, (__doc__ or "").splitlines()[0])
-  cells.add_conditions(parser, ["rigl-90", "rigl-95", "rigl-97", "set-95"])
-  cells.add_tuning(parser)
+  cells.add_conditions(parser, ["rigl-95", "rigl-97"])
+  cells.add_learning_rate(parser)
   parser.add_argument(
     "--budgets",
     type=int,
     nargs="+",
-    default=[2, 4],
+    default=[10],
     help="epochs (default: %(default)s)",
   )
 

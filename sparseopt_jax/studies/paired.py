@@ -1,19 +1,95 @@
-"""Variants of training, compared by pairs of runs of the same seed."""
+"""Studies of variants, compared by pairs of runs of the same seed."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Mapping
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparseopt_jax import compare
 from sparseopt_jax import metrics
+from sparseopt_jax.studies import cells
+from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
+from sparseopt_jax.training import plots
+from sparseopt_jax.training.config import Config
+from sparseopt_jax.training.errors import UsageError
 
 Runs = Mapping[str, Mapping[int, compare.Run]]
+
+
+class Cell(NamedTuple):
+  """One run of a variant.
+
+  Attributes:
+    condition: In which variants are compared.
+    variant: With `label`, `against`, and `factory`, an optimiser or None.
+    name: The folder of the run.
+    config: What is trained.
+  """
+
+  condition: str
+  variant: Any
+  name: str
+  config: Config
+
+
+def study(
+  name: str,
+  args: argparse.Namespace,
+  command: str,
+  wanted: list[Cell],
+  about: dict[str, Any],
+  note: str,
+) -> None:
+  """Trains what is missing, and reports.
+
+  Args:
+    name: The study.
+    args: The flags of all studies.
+    command: What was run.
+    wanted: All runs, in order of the report.
+    about: What the raw results say beside the runs.
+    note: What the table says beside them.
+
+  Raises:
+    UsageError: `--report`, and nothing is there.
+  """
+  every = {cell.name: cell.config for cell in wanted}
+  factories = {c.name: c.variant.factory for c in wanted if c.variant.factory}
+  runs = grid.run(every, args.out, 0 if args.report else args.jobs, factories)
+  if not runs:
+    raise UsageError(cells.nothing_there(args))
+  found: dict[str, dict[str, dict[int, compare.Run]]] = {}
+  for cell in wanted:
+    if cell.name in runs:
+      of_variant = found.setdefault(cell.condition, {}).setdefault(
+        cell.variant.label, {}
+      )
+      of_variant[cell.config.seed] = runs[cell.name]
+  variants = list(dict.fromkeys(cell.variant for cell in wanted))
+  results = {
+    condition: summarise(each, variants) for condition, each in found.items()
+  }
+  raw = {
+    "network": cells.described(args),
+    "learning_rate": cells.learning_rate(args),
+    **about,
+    "trained_on": grid.trained_on(args.out, runs),
+    "results": results,
+  }
+  text = (
+    f"{table(results)}\n{len(runs)} of {len(every)} runs; "
+    f"{cells.described(args)}, {args.epochs} epochs, learning rate "
+    f"{cells.learning_rate(args):g}{note}"
+  )
+  with matplotlib.rc_context(plots.STYLE):
+    report.save(args.out, name, command, raw, text, figure(results))
 
 
 def summarise(

@@ -1,8 +1,8 @@
-"""The paper's tables: commands, costs, published figures and own results.
+"""The paper's tables: commands, published figures and own results.
 
 For each cell of the tables of CIFAR-100 / ResNet-20 and ImageNet / ResNet-50:
-the command that trains it, an estimate of its cost from a training step that is
-measured here, the published figure, and what finished runs have reached.
+the command that trains it, the published figure, and what finished runs have
+reached.
 """
 
 from __future__ import annotations
@@ -12,22 +12,15 @@ from collections.abc import Sequence
 import dataclasses
 import pathlib
 import shlex
-import statistics
 from typing import Any
 
-import jax
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-import numpy as np
 
 from sparseopt_jax import compare
 from sparseopt_jax import metrics
-from sparseopt_jax.benchmarks import input_pipeline
-from sparseopt_jax.data import in_memory
-from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.studies import report
-from sparseopt_jax.training import build
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import plots
@@ -42,10 +35,9 @@ TITLES = {
   CIFAR: "CIFAR-100, ResNet-20",
   IMAGENET: "ImageNet, ResNet-50",
 }
-_NUM_TRAIN = {CIFAR: 50_000, IMAGENET: 1_281_167}
 _NO_HAM = "no flag of the trainer; see the study ablations"
 # Flags that do not change what a run finds out.
-_ANY = ("seed", "devices", "shard_params")
+_ANY = ("seed", "networks", "devices", "shard_params", "measure_skew")
 
 # Published gains of SparseOpt in points, by sparsity and epochs; RigL.
 _CIFAR_EPOCHS = (100, 200, 300, 500)
@@ -199,71 +191,18 @@ def cells() -> list[Cell]:
   return found
 
 
-def images_per_second(recipe: str) -> float:
-  """Speed of a training step of a recipe on one device, here and now.
-
-  The trainer's own step on noise, between mask updates. On a CPU with few
-  images at a time, in float32.
-
-  Args:
-    recipe: Its name.
-  """
-  on_cpu = jax.default_backend() == "cpu"
-  flags = dict(recipes.RECIPES[recipe].flags, devices=1)
-  if recipe == IMAGENET:
-    flags["batch_size"] = 4 if on_cpu else 128
-    if on_cpu:
-      flags["precision"] = "float32"
-  config = Config(**flags)
-  source = (
-    input_pipeline.small_images()
-    if recipe == CIFAR
-    else _large_images(config.batch_size)
-  )
-  layout = build.devices(config)
-  repeats = 5 if on_cpu else 20
-  step = input_pipeline.training(config, layout, source, repeats)
-  return step["images_per_second"]
-
-
-def _large_images(count: int) -> Dataset:
-  """Noise of ImageNet's size, in memory."""
-  rng = np.random.default_rng(0)
-  images = rng.integers(0, 256, (count, 224, 224, 3), np.uint8)
-  labels = rng.integers(0, 1000, count, np.int32)
-  return in_memory.InMemory(
-    name="imagenet2012",
-    num_classes=1000,
-    image_shape=(224, 224, 3),
-    num_train=count,
-    num_test=count,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.3, 0.3, 0.3),
-    pad=0,
-    flip=False,
-    train=(images, labels),
-    test=(images, labels),
-  )
-
-
-def hours(cell: Cell, speed: float) -> float:
-  """The time of all training images at this speed; not of the evaluations."""
-  return cell.epochs * _NUM_TRAIN[cell.recipe] / speed / 3600
-
-
 def finished(folders: Sequence[pathlib.Path]) -> list[compare.Run]:
-  """The complete runs in these folders, or that are these folders.
+  """The complete runs of one network that these folders hold, however deep.
 
   Raises:
     UsageError: One of them cannot be read.
   """
-  found = {}
-  for folder in folders:
-    places = [folder, *sorted(folder.glob("*"))] if folder.is_dir() else []
-    for place in places:
-      if (place / folder_lib.SUMMARY).is_file():
-        found[place.resolve()] = compare.read(place)
-  return list(found.values())
+  places = {
+    file.parent.resolve()
+    for folder in folders
+    for file in folder.rglob(folder_lib.SUMMARY)
+  }
+  return list(map(compare.read, sorted(places)))
 
 
 def _matter(flags: dict[str, Any]) -> dict[str, Any]:
@@ -288,28 +227,20 @@ def results_of(cell: Cell, runs: Sequence[compare.Run]) -> dict[int, float]:
 
 
 def _own(values: Sequence[float]) -> dict[str, Any] | None:
-  """Mean, standard deviation over seeds, and their number."""
+  """The interval over seeds, and their number."""
   if not values:
     return None
-  deviation = statistics.stdev(values) if len(values) > 1 else None
-  return {
-    "mean": statistics.fmean(values),
-    "standard_deviation": deviation,
-    "seeds": len(values),
-  }
+  return {"interval": report.interval(values), "seeds": len(values)}
 
 
 def cell_rows(
-  runs: Sequence[compare.Run], speeds: dict[str, float], out: pathlib.Path
+  runs: Sequence[compare.Run], out: pathlib.Path
 ) -> list[dict[str, Any]]:
   """What is known of each cell."""
   return [
     {
       **dataclasses.asdict(cell),
       "label": f"{cell.condition}, {cell.arm}",
-      "hours": (
-        hours(cell, speeds[cell.recipe]) if cell.is_trainable else None
-      ),
       "own": _own(list(results_of(cell, runs).values())),
       "command": cell.command(out),
     }
@@ -343,55 +274,42 @@ def gain_rows(runs: Sequence[compare.Run]) -> list[dict[str, Any]]:
   return rows
 
 
-def _spread(own: dict[str, Any] | None) -> str:
-  if own is None:
-    return "-"
-  deviation = own["standard_deviation"]
-  mean = f"{own['mean']:.2f}"
-  return mean if deviation is None else f"{mean} ± {deviation:.2f}"
-
-
-def _published(value: float | None, sign: str = "") -> str:
-  return "-" if value is None else f"{value:{sign}.2f}"
-
-
-def _seeds(own: dict[str, Any] | None) -> str:
-  return str(own["seeds"]) if own else "0"
+def _lines(
+  rows: Sequence[dict[str, Any]], recipe: str, header: list[str], sign: str = ""
+) -> str:
+  lines = [[*header, "published", "own", "seeds"]]
+  for row in rows:
+    if row["recipe"] == recipe:
+      published, own = row["published"], row["own"]
+      lines.append(
+        [
+          row["label"],
+          "-" if published is None else f"{published:{sign}.2f}",
+          report.number(own["interval"] if own else None),
+          str(own["seeds"]) if own else "0",
+        ]
+      )
+  return metrics.aligned(lines)
 
 
 def text(
   rows: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
 ) -> str:
-  """Both tables: accuracies with costs, gains, and all commands."""
+  """Both tables: accuracies, gains, and all commands."""
   parts = []
   for recipe, title in TITLES.items():
-    mine = [row for row in rows if row["recipe"] == recipe]
-    header = ["cell", "published %", "own %", "seeds", "hours"]
-    lines = [
-      [
-        row["label"],
-        _published(row["published"]),
-        _spread(row["own"]),
-        _seeds(row["own"]),
-        f"{row['hours']:.1f}" if row["hours"] else "-",
-      ]
-      for row in mine
-    ]
-    parts.append(f"{title}: test accuracy\n{metrics.aligned([header, *lines])}")
-    lines = [
-      [
-        row["label"],
-        _published(row["published"], "+"),
-        _spread(row["own"]),
-        _seeds(row["own"]),
-      ]
-      for row in differences
+    accuracies = _lines(rows, recipe, ["test accuracy, %"])
+    gained = _lines(differences, recipe, ["gain of SparseOpt, points"], "+")
+    commands = [
+      f"# {row['label']}\n{row['command']}"
+      for row in rows
       if row["recipe"] == recipe
     ]
-    header = ["gain of SparseOpt, points", "published", "own", "seeds"]
-    parts.append(f"{title}: gains\n{metrics.aligned([header, *lines])}")
-    commands = [f"# {row['label']}\n{row['command']}" for row in mine]
-    parts.append("\n".join([f"{title}: commands", *commands]))
+    parts += [
+      f"{title}\n{accuracies}",
+      f"{title}\n{gained}",
+      "\n".join([f"{title}: commands", *commands]),
+    ]
   return "\n\n".join(parts)
 
 
@@ -414,7 +332,7 @@ def figure(differences: Sequence[dict[str, Any]]) -> Figure:
     labels,
     loc="outside upper center",
     ncols=3,
-    title="published; diamonds: own, ± standard deviation over seeds",
+    title="published; diamonds: own, with 95 % intervals",
   )
   return found
 
@@ -433,8 +351,8 @@ def _gains(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
       if row["own"]:
         axis.errorbar(
           row["epochs"],
-          row["own"]["mean"],
-          yerr=row["own"]["standard_deviation"],
+          row["own"]["interval"][0],
+          yerr=row["own"]["interval"][1],
           fmt="D",
           ms=7,
           color=color,
@@ -444,7 +362,7 @@ def _gains(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def study(args: argparse.Namespace, command: str) -> None:
-  """Measures, collects, reports.
+  """Collects and reports.
 
   Raises:
     UsageError: A folder that is not there, or a run that cannot be read.
@@ -453,27 +371,14 @@ def study(args: argparse.Namespace, command: str) -> None:
     if not place.is_dir():
       raise UsageError(f"--runs {place} is not a folder")
   runs = finished(args.runs or [args.out])
-  report.make(args.out)
-  speeds = {recipe: images_per_second(recipe) for recipe in TITLES}
-  rows = cell_rows(runs, speeds, args.out)
-  differences = gain_rows(runs)
-  device = jax.devices()[0].device_kind
+  rows, differences = cell_rows(runs, args.out), gain_rows(runs)
   used = sum(row["own"]["seeds"] for row in rows if row["own"])
-  listed = ", ".join(f"{s:.3g} images/s ({r})" for r, s in speeds.items())
-  notes = [
-    f"hours: on one {device}, {listed}, measured here and now on noise between "
-    "mask updates; without input and evaluation. On a CPU, imagenet-resnet50 "
-    "is measured with 4 images a step in float32",
-    f"own: mean ± standard deviation over seeds; gains: of pairs of one seed; "
-    f"{used} of {len(runs)} finished runs have the flags of a cell",
-  ]
-  raw = {
-    "images_per_second": speeds,
-    "cells": rows,
-    "gains": differences,
-    "finished_runs": len(runs),
-  }
-  whole = "\n".join([text(rows, differences), "", *notes])
+  note = (
+    "own: mean and 95 % interval over seeds; gains: of pairs of one seed; "
+    f"{used} of {len(runs)} finished runs have the flags of a cell"
+  )
+  raw = {"cells": rows, "gains": differences, "finished_runs": len(runs)}
+  whole = f"{text(rows, differences)}\n\n{note}"
   with matplotlib.rc_context(plots.STYLE):
     report.save(args.out, NAME, command, raw, whole, figure(differences))
 
@@ -496,8 +401,7 @@ def main(arguments: Sequence[str]) -> int:
     type=pathlib.Path,
     nargs="+",
     default=[],
-    help="folders of finished runs, or folders that hold them (default: "
-    "that of --out)",
+    help="folders that hold finished runs (default: that of --out)",
   )
 
   def command() -> None:

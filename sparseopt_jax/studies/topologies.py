@@ -11,17 +11,10 @@ from collections.abc import Sequence
 import dataclasses
 import shlex
 
-import matplotlib
-
-from sparseopt_jax import compare
 from sparseopt_jax.studies import cells
-from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import paired
-from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
-from sparseopt_jax.training.errors import UsageError
 
 NAME = "topologies"
 
@@ -35,12 +28,14 @@ class Variant:
     topology: `Config.topology`.
     arm: With the correction or without.
     against: The label of the variant to compare with.
+    factory: None: the trainer's optimiser.
   """
 
   label: str
   topology: str
   arm: cells.Arm
   against: str | None = "RigL"
+  factory: None = None
 
 
 VARIANTS = (
@@ -55,16 +50,14 @@ VARIANTS = (
 
 def configs(
   args: argparse.Namespace, variant: Variant, sparsity: int
-) -> dict[int, Config]:
+) -> list[Config]:
   """The runs of one variant, by seed; `sparsity` is in percent."""
-  condition = f"{variant.topology}-{sparsity}"
-  if variant.topology == "dense":
-    condition = "dense"
-  rate = args.learning_rate
-  return {
-    seed: cells.config(args, condition, variant.arm, args.epochs, rate, seed)
+  dense = variant.topology == "dense"
+  condition = "dense" if dense else f"{variant.topology}-{sparsity}"
+  return [
+    cells.config(args, condition, variant.arm, args.epochs, seed)
     for seed in range(args.seeds)
-  }
+  ]
 
 
 def study(args: argparse.Namespace, command: str) -> None:
@@ -75,46 +68,21 @@ def study(args: argparse.Namespace, command: str) -> None:
   """
   args.conditions = [f"rigl-{sparsity}" for sparsity in args.sparsities]
   cells.check(args)
-  wanted = {
-    (f"{sparsity} %", variant.label): configs(args, variant, sparsity)
+  wanted = [
+    paired.Cell(f"{sparsity} %", variant, cells.name(config), config)
     for sparsity in args.sparsities
     for variant in VARIANTS
-  }
-  every = {
-    cells.name(config): config
-    for runs in wanted.values()
-    for config in runs.values()
-  }
-  runs = grid.run(every, args.out, 0 if args.report else args.jobs)
-  if not runs:
-    raise UsageError(cells.nothing_there(args))
-  found: dict[str, dict[str, dict[int, compare.Run]]] = {}
-  for (place, label), each in wanted.items():
-    for seed, config in each.items():
-      if cells.name(config) in runs:
-        one = found.setdefault(place, {}).setdefault(label, {})
-        one[seed] = runs[cells.name(config)]
-  results = {
-    place: paired.summarise(each, VARIANTS) for place, each in found.items()
-  }
-  raw = {
-    "network": cells.described(args),
-    "trained_on": grid.trained_on(args.out, runs),
-    "results": results,
-  }
-  text = (
-    f"{paired.table(results)}\n{len(runs)} of {len(every)} runs; "
-    f"{cells.described(args)}, {args.epochs} epochs, learning rate "
-    f"{args.learning_rate:g}, not tuned for a topology"
-  )
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, text, paired.figure(results))
+    for config in configs(args, variant, sparsity)
+  ]
+  note = ", not tuned for a topology"
+  paired.study(NAME, args, command, wanted, {}, note)
 
 
 def main(arguments: Sequence[str]) -> int:
   """Runs the command and returns its exit code."""
   parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=3)
-  cells.add_training(parser)
+  cells.add_learning_rate(parser)
+  cells.add_epochs(parser)
   parser.add_argument(
     "--sparsities",
     nargs="+",

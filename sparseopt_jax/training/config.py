@@ -76,6 +76,8 @@ class Config:
   """Sparsity that magnitude pruning begins with."""
   gamma_sal: float = 0.3
   """Fraction of its inputs below which SRigL ablates a neuron; 0: never."""
+  measure_skew: bool = False
+  """Record the slope of the gradient skew, over all steps of an epoch."""
   dense_layers: tuple[str, ...] = ()
   """Patterns of kernels to keep dense, such as 'Dense_0/*' or '*'."""
   epochs: int = 30
@@ -270,7 +272,13 @@ def check_effects(config: Config, default: Config) -> None:
   growing = config.topology in ("rigl", "set", "srigl")
   for names, holds, why in (
     (
-      ("sparsity", "correction", "distribution", "dense_layers"),
+      (
+        "sparsity",
+        "correction",
+        "distribution",
+        "dense_layers",
+        "measure_skew",
+      ),
       sparse,
       "--topology dense",
     ),

@@ -12,6 +12,7 @@ import optax
 import sparseopt_jax
 from sparseopt_jax import _paths
 from sparseopt_jax import inspection
+from sparseopt_jax.training import skew
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
@@ -170,4 +171,7 @@ def create(
   if config.topology == "dense":
     return optax.with_extra_args_support(sgd)
   options = masking(config, params, steps_per_epoch, corrected, seed)
-  return sparseopt_jax.sparsify(sgd, **options)
+  tx = sparseopt_jax.sparsify(sgd, **options)
+  if config.measure_skew:
+    return skew.measured(tx, corrected.paths, steps_per_epoch)
+  return tx

@@ -17,6 +17,7 @@ import sparseopt_jax
 from sparseopt_jax import _paths
 from sparseopt_jax.metrics import on_host
 from sparseopt_jax.training import runtime
+from sparseopt_jax.training import skew
 from sparseopt_jax.training.state import TrainState
 from sparseopt_jax.training.state import has_masks
 
@@ -153,7 +154,8 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
 
   A layer's `fan_in_spread` is the standard deviation of its neurons' fan-ins
   over their mean; the neurons of a Flax kernel lie along its last axis. A dense
-  run has sparsity 0, ITOP rate 1 and no layers.
+  run has sparsity 0, ITOP rate 1 and no layers. With `--measure-skew` there are
+  the slopes of `skew.figures`.
   """
   if not has_masks(opt_state):
     return {"sparsity": 0.0, "itop_rate": 1.0, "dead_neurons": 0, "layers": {}}
@@ -166,6 +168,11 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
       _paths.names(masks), jax.tree.leaves(masks), strict=True
     )
   }
+  if isinstance(opt_state, skew.SkewState):
+    slopes = skew.figures(opt_state)
+    for path, slope in slopes.pop("layers").items():
+      figures["layers"][path]["skew_slope"] = slope
+    figures |= slopes
   return figures
 
 
