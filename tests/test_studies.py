@@ -144,6 +144,11 @@ def test_epochs_to_is_interpolated():
   assert convergence.epochs_to(run, 0.5) == pytest.approx(1.5)
   assert convergence.epochs_to(run, 0.7) == pytest.approx(3.5)
   assert math.isnan(convergence.epochs_to(run, 0.95))
+  assert convergence.epochs_to(run, 0.0) == 0.0
+  nothing = run_of([0.0, 0.0])
+  assert (
+    convergence.compare_pairs([(nothing, run_of([0.1, 0.2]))])["speedup"] == 1.0
+  )
 
 
 def test_compare_pairs_by_hand():
@@ -256,6 +261,45 @@ def test_convergence_goes_on_after_sigterm(converged, data_dir, tmp_path):
   assert not list(tmp_path.glob("rigl-*-seed0/" + folder_lib.SUMMARY))
   assert command.main(places(tmp_path, data_dir)) == 0
   assert results(tmp_path)["results"] == results(converged)["results"]
+
+
+@pytest.mark.slow
+def test_the_plan_for_an_accelerator_stops_in_time_and_goes_on(tmp_path):
+  rng = np.random.default_rng(0)
+  splits = [
+    (
+      rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
+      rng.integers(0, 100, count, np.int32),
+    )
+    for count in (256, 128)
+  ]
+  npz_source.write(npz_source.path("cifar100", tmp_path), *splits)
+  out = tmp_path / "out"
+  tiny = ["--model", "resnet8", "--width", "4", "--seeds", "2", "--budgets"]
+
+  def run(minutes, budget):
+    place = PACKAGE / "sparseopt_jax" / "studies" / "cifar100.sh"
+    return subprocess.run(
+      [place, tmp_path, out, minutes, *tiny, budget],
+      env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+      capture_output=True,
+      text=True,
+    )
+
+  # Time is up at once.
+  assert "no run is there" in run("0", "2").stderr
+  whole = run("9", "2")
+  assert whole.returncode == 0, whole.stderr
+  assert list(results(out)["results"]) == ["rigl-95, 2", "rigl-97, 2"]
+  assert results(out)["results"]["rigl-97, 2"]["seeds"] == 2
+  # Time is up before 10,000 epochs are over; what was finished is reported.
+  begun = time.monotonic()
+  stopped = run("1", "10000")
+  assert stopped.returncode == 2
+  assert 50 < time.monotonic() - begun < 150
+  assert "stopped by SIGTERM" in stopped.stdout
+  (checkpoints,) = out.glob("rigl-95-off-10000epochs-*/checkpoints")
+  assert list(checkpoints.iterdir())
 
 
 def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):

@@ -92,7 +92,7 @@ def _base(args: argparse.Namespace) -> dict[str, Any]:
   flags = dict(_DEFAULTS)
   if args.recipe is not None:
     flags = dict(recipes.RECIPES[args.recipe].flags)
-  names = ("dataset", "model", "width", "learning_rate")
+  names = ("dataset", "model", "width", "precision", "learning_rate")
   given = {name: vars(args).get(name) for name in names}
   return flags | {k: value for k, value in given.items() if value is not None}
 
@@ -145,6 +145,7 @@ def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
   found.add_argument("--dataset", help="another data set")
   found.add_argument("--model", help="another network")
   found.add_argument("--width", type=int, help="channels of the first stage")
+  found.add_argument("--precision", help="of the trainer (default: float32)")
   found.add_argument(
     "--seeds",
     type=int,

@@ -56,6 +56,8 @@ def early_epoch(epochs: int) -> int:
 def epochs_to(run: compare.Run, accuracy: float) -> float:
   """Epochs to a test accuracy, interpolated; NaN if it is not reached."""
   before = (0.0, 0.0)
+  if accuracy <= 0:
+    return 0.0
   for line in run.lines:
     now = (float(line["epoch"]), line["test_accuracy"])
     if now[1] >= accuracy:
@@ -111,10 +113,10 @@ def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
     [epochs_to(run, ends[0] / 2) for run in pair]
     for pair, ends in zip(found, final, strict=True)
   ]
-  speedups = []
-  for (baseline, other), (target, _) in zip(found, final, strict=True):
-    speedup = epochs_to(baseline, target) / epochs_to(other, target)
-    speedups.append(0.0 if math.isnan(speedup) else speedup)
+  speedups = [
+    _speedup(baseline, other, target)
+    for (baseline, other), (target, _) in zip(found, final, strict=True)
+  ]
   return {
     "seeds": len(found),
     "final": _paired(final),
@@ -129,6 +131,14 @@ def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
     "never": speedups.count(0.0),
     "along": along(found),
   }
+
+
+def _speedup(baseline: compare.Run, other: compare.Run, target: float) -> float:
+  """By epochs to the target; 0 if the other never gets there."""
+  fast = epochs_to(other, target)
+  if math.isnan(fast):
+    return 0.0
+  return epochs_to(baseline, target) / fast if fast else 1.0
 
 
 def _paired(values: list[list[float]]) -> dict[str, Any]:
