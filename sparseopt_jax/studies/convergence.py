@@ -40,7 +40,7 @@ _COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8"}
 # Along training, by the name in `along`.
 _PANELS = {
   "test_accuracy": "test accuracy",
-  "skew_slope": "skew slope (dotted: after mask updates)",
+  "skew_slope": "skew slope",
   "dead_neurons": "dead neurons",
   "itop_rate": "ITOP rate",
   "fan_in_spread": "fan-in spread",
@@ -269,7 +269,7 @@ def figure(results: dict[str, dict[str, Any]]) -> Figure:
         _band(axis, intervals, "-", _COLORS[arm], arm)
       axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for arm, intervals in result["along"]["skew_slope_after"].items():
-      _band(row[1], intervals, ":", _COLORS[arm])
+      _band(row[1], intervals, ":", _COLORS[arm], "after mask updates")
     row[1].axhline(0, color="black", lw=0.8)
     row[0].set_ylabel(label, fontweight="bold")
     row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -277,6 +277,7 @@ def figure(results: dict[str, dict[str, Any]]) -> Figure:
   for axis in axes[-1]:
     axis.set_xlabel("epoch")
   axes[0, 0].legend(loc="lower right")
+  axes[0, 1].legend(handles=axes[0, 1].get_lines()[2:3], loc="lower right")
   return found
 
 
