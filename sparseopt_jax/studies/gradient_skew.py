@@ -332,11 +332,9 @@ def plot_training(axis: Axes, raw: dict[str, Any]) -> None:
   """Slopes along training, batch norm, He."""
   for network, found in raw["training"].items():
     what, run = network.split(" ", 1)
-    style = {
-      "fmt": {"update": "o-", "weights": "s--"}[what],
-      "color": RUNS[run],
-    }
-    _errorbars(axis, raw["stops"], found, label=network, **style)
+    style = {"color": RUNS[run], "label": network}
+    fmt = "o-" if what == "update" else "s--"
+    _errorbars(axis, raw["stops"], found, fmt=fmt, **style)
   axis.axhline(0, color="k", lw=1)
   axis.set_xscale("symlog", linthresh=10)
   axis.set(title=TITLES["training"], xlabel="step", xlim=(-1, None))
