@@ -237,26 +237,31 @@ def test_training_is_sgd_with_momentum(digits, corrected):
   assert np.max(np.abs(end.weights - start.weights)) > 1e-2
 
 
+def slope(fan_in, norm):
+  """Of neurons with ten inputs and more, by NumPy's lstsq."""
+  some = np.asarray(fan_in) >= 10
+  x = np.log(np.asarray(fan_in, np.float64)[some])
+  y = np.log(np.asarray(norm, np.float64)[some])
+  rows = np.stack([x, np.ones_like(x)], axis=1)
+  return np.linalg.lstsq(rows, y)[0][0]
+
+
 def test_the_command_leaves_its_results(digits, tmp_path, capsys):
   arguments = ["--out", str(tmp_path), "--seeds", "2", "--steps", "2"]
   assert command.main(["gradient-skew", *arguments]) == 0
   raw = json.loads((tmp_path / "gradient-skew.json").read_text())
   assert raw["dataset"] == "digits"
   assert raw["command"].endswith(" ".join(["gradient-skew", *arguments]))
-  # One a seed, in their order: the second network of each, by NumPy's lstsq.
+  # One a seed, in their order: the second network of each.
   for norm in ("batch norm", "layer norm", "none"):
     for start in ("He", "per neuron"):
       neurons = gradient_skew.at_initialization(digits, norm, start, 1)
       found = raw["slopes"][f"{norm}, {start}"]
-      some = np.asarray(neurons.fan_in) >= 10
-      x = np.log(np.asarray(neurons.fan_in, np.float64)[some])
       for run, gradient in zip(
         RUNS, (neurons.gradient, neurons.corrected), strict=True
       ):
-        y = np.log(np.asarray(gradient / neurons.weights, np.float64)[some])
-        rows = np.stack([x, np.ones_like(x)], axis=1)
-        slope = np.linalg.lstsq(rows, y)[0][0]
-        assert found[run][1] == pytest.approx(slope, abs=1e-5)
+        expected = slope(neurons.fan_in, gradient / neurons.weights)
+        assert found[run][1] == pytest.approx(expected, abs=1e-5)
   dense, sparse = (
     gradient_skew.at_initialization(digits, "batch norm", "He", 1, fan_in)
     for fan_in in (60, 30)
@@ -266,9 +271,17 @@ def test_the_command_leaves_its_results(digits, tmp_path, capsys):
   assert found[1] == pytest.approx(expected, rel=1e-5)
   assert raw["stops"] == [0, 2]
   training = raw["training"]
-  assert set(training["update with SparseOpt"]) == {"step 0", "step 2"}
+  assert list(training["update with SparseOpt"]) == ["step 0", "step 2"]
   without, corrected = (training[f"update {run}"]["step 0"] for run in RUNS)
   np.testing.assert_allclose(np.subtract(corrected, without), 0.5, atol=1e-5)
+  [[_, neurons]] = gradient_skew.along_training(digits, True, [0, 1], [2])
+  for what, norm in (
+    ("update", neurons.corrected / neurons.weights),
+    ("weights", neurons.weights),
+  ):
+    found = training[f"{what} with SparseOpt"]["step 2"]
+    expected = slope(neurons.fan_in, norm)
+    assert found[1] == pytest.approx(expected, abs=1e-5)
   text = (tmp_path / "gradient-skew.txt").read_text()
   assert text.strip() in capsys.readouterr().out
   image = (tmp_path / "gradient-skew.png").read_bytes()

@@ -297,7 +297,8 @@ def plot_ratios(axis: Axes, raw: dict[str, Any]) -> None:
 
 def plot_neurons(axis: Axes, neurons: Neurons, inputs: int) -> None:
   """The relative update of each neuron of one network, batch norm, He."""
-  ends = np.array([LEAST_FAN_IN, np.max(neurons.fan_in)])
+  ends = np.array([np.min(neurons.fan_in), np.max(neurons.fan_in)])
+  ends = np.maximum(ends, LEAST_FAN_IN)
   norms = (neurons.gradient, neurons.corrected)
   for (run, color), norm in zip(RUNS.items(), norms, strict=True):
     update = norm / neurons.weights
@@ -337,7 +338,8 @@ def plot_training(axis: Axes, raw: dict[str, Any]) -> None:
     _errorbars(axis, raw["stops"], found, fmt=fmt, **style)
   axis.axhline(0, color="k", lw=1)
   axis.set_xscale("symlog", linthresh=10)
-  axis.set(title=TITLES["training"], xlabel="step", xlim=(-1, None))
+  axis.set(title=TITLES["training"], xlabel="step")
+  axis.set_xlim(-1, 1.5 * raw["stops"][-1] + 1)
   axis.margins(y=0.2)
   axis.legend(loc="lower right", ncols=2, fontsize="small")
 
