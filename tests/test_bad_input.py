@@ -355,7 +355,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
   [
     ("train", "tyro", "train"),
     ("train", "flax", "train"),
-    ("studies exploration", "matplotlib", "train"),
+    ("studies convergence", "matplotlib", "train"),
     ("benchmarks memory --model resnet8", "flax", "train"),
     ("benchmarks input --model resnet8", "array_record", "tfds"),
   ],
