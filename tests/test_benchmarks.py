@@ -156,7 +156,7 @@ def test_ratios_are_taken_round_by_round():
     ("networks --steps 79", "--steps must be at most 78"),
     ("memory --repeats 3", "unrecognized arguments: --repeats 3"),
     ("memory --output none/a.json", "--output none/a.json: there is no such"),
-    ("memory --output .", "--output . is a folder"),
+    ("memory --output .", "--output . is there already"),
   ],
 )
 def test_bad_input(line, message, capsys):

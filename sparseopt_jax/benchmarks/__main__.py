@@ -120,8 +120,8 @@ def _check(args: argparse.Namespace) -> None:
     raise UsageError(f"--sizes must be at least 8000, got {min(args.sizes)}")
   if args.output and not pathlib.Path(args.output).parent.is_dir():
     raise UsageError(f"--output {args.output}: there is no such folder")
-  if args.output and pathlib.Path(args.output).is_dir():
-    raise UsageError(f"--output {args.output} is a folder")
+  if args.output and pathlib.Path(args.output).exists():
+    raise UsageError(f"--output {args.output} is there already")
 
 
 def _run(args: argparse.Namespace) -> None:
