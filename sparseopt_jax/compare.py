@@ -2,7 +2,8 @@
 
 Runs that differ in nothing but the seed make one group. A table gives each
 group's final test accuracy (mean and standard deviation over seeds) and how
-many epochs it takes to an accuracy; a plot gives the curves.
+many epochs it takes to an accuracy; a plot gives the curves. Seconds are of the
+program: networks that were trained together share them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Group:
 
   def progress(self) -> str:
     """How far the runs have got, if not to their end."""
-    last, planned = self.epochs()[-1], self.runs[0].flags.get("epochs", 0)
+    last, planned = self.epochs()[-1], self.runs[0].flags["epochs"]
     return f", epoch {last} of {planned}" if last < planned else ""
 
 
@@ -111,8 +112,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
   """Groups runs, in order of first appearance; cut to their common epochs."""
   groups: dict[str, list[Run]] = {}
   for run in runs:
-    # None and a flag that older runs do not know are the same.
-    rest = {k: v for k, v in run.flags.items() if k != "seed" and v is not None}
+    rest = {k: v for k, v in run.flags.items() if k != "seed"}
     groups.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
   every = [json.loads(key) for key in groups]
   names = sorted({name for flags in every for name in flags})
@@ -134,7 +134,7 @@ def _cut(runs: Sequence[Run]) -> list[Run]:
 
 def _label(flags: dict[str, Any], names: Sequence[str]) -> str:
   if not names:
-    return f"{flags.get('dataset')} {flags.get('model')}"
+    return f"{flags['dataset']} {flags['model']}"
   return ", ".join(
     f"{name.replace('_', ' ')} {flags.get(name)}" for name in names
   )
@@ -212,8 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.accuracy is not None and not 0 < args.accuracy <= 1:
       raise UsageError(f"--accuracy must be in (0, 1], got {args.accuracy}")
-    if args.out.is_dir():
-      raise UsageError(f"--out {args.out} is a folder")
+    if args.out.exists():
+      raise UsageError(f"--out {args.out} is there already")
     if args.out.suffix.lower() != ".png":
       raise UsageError(f"--out must end in .png, got {args.out}")
     if not args.out.parent.is_dir():

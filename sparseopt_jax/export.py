@@ -75,7 +75,7 @@ class SparseModel(NamedTuple):
       kind: "bcoo" or "csr", of `jax.experimental.sparse`.
 
     Returns:
-      {path: matrix}, with as many stored values as the mask has ones.
+      A matrix for each path, with as many stored values as the mask has ones.
     """
     flat = _flatten(self.variables["params"])
     make = _MAKERS[kind]

@@ -42,7 +42,7 @@ def normalizations(
       is no such axis.
 
   Returns:
-    {path: "batch_norm", "layer_norm", "group_norm" or "none"} for each
+    "batch_norm", "layer_norm", "group_norm" or "none" by path, for each
     parameter that is multiplied, as the kernel of a matrix product or a
     convolution, with something that depends on the inputs. Paths are those of
     the linen `params`, or of `nnx.state(module, nnx.Param)`. Kernels used only
@@ -115,9 +115,10 @@ def batch_normalized(
     **kwargs: As for `normalizations`.
 
   Returns:
-    The `corrected=` of `sparseopt_jax.sparsify` and `sparseopt_jax.sparseopt`:
-    a predicate (path, leaf) -> bool, true for the kernels that `normalizations`
-    calls "batch_norm". Where there are none, both raise a ValueError.
+    What `sparseopt_jax.sparsify` and `sparseopt_jax.sparseopt` take as
+    `corrected`, a predicate (path, leaf) -> bool, true for the kernels that
+    `normalizations` calls "batch_norm". Where there are none, both raise a
+    ValueError.
 
   Raises:
     TypeError: If `module` is not a Flax module.

@@ -54,7 +54,7 @@ def sparsity_metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
       several over different leaves.
 
   Returns:
-    Scalars:
+    Scalars by name.
 
     - ``sparsity``: fraction of zeros over all sparse leaves, from the masks.
     - ``itop_rate``: fraction of the sparse leaves' weights that have been
@@ -109,8 +109,8 @@ def sparsity_table(opt_state: optax.OptState) -> str:
       ``jax.jit``).
 
   Returns:
-    A table with one line a layer: path, shape, active weights, sparsity, ITOP
-    rate, dead neurons, whether it is corrected; and a line of totals.
+    A table. A layer's line has its path, shape, active weights, sparsity, ITOP
+    rate, dead neurons and whether it is corrected; the last line has totals.
 
   Raises:
     ValueError: If the state holds no SparseOptState.

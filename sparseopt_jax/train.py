@@ -18,6 +18,7 @@ from typing import Any
 
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder
+from sparseopt_jax.training import processes
 from sparseopt_jax.training import recipes
 from sparseopt_jax.training import signals
 from sparseopt_jax.training.config import Config
@@ -62,22 +63,23 @@ def train(
     RunError: The run could not go on.
     Interrupted: A signal came.
   """
-  with folder.prepared(config, create_optimizer) as folders:
-    from sparseopt_jax.training import build
-    from sparseopt_jax.training import optimizer
-    from sparseopt_jax.training import runtime
+  with processes.failing_at_once(config):
+    with folder.prepared(config, create_optimizer) as folders:
+      from sparseopt_jax.training import build
+      from sparseopt_jax.training import optimizer
+      from sparseopt_jax.training import runtime
 
-    runtime.prepare()
-    layout = build.devices(config)
-    task, create = build.task(
-      config, layout, create_optimizer or optimizer.create
-    )
-  from sparseopt_jax.training import loop
-  from sparseopt_jax.training import telling
+      runtime.prepare()
+      layout = build.devices(config)
+      task, create = build.task(
+        config, layout, create_optimizer or optimizer.create
+      )
+    from sparseopt_jax.training import loop
+    from sparseopt_jax.training import telling
 
-  telling.say(f"{folders.run}: {build.describe(config, task)}")
-  run = loop.Run(config, folders, task, layout, stop)
-  return run.train(create, command)
+    telling.say(f"{folders.run}: {build.describe(config, task)}")
+    run = loop.Run(config, folders, task, layout, stop)
+    return run.train(create, command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

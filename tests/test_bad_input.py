@@ -207,7 +207,7 @@ CASES = [
   ("compare run --accuracy 0", r"--accuracy must be in \(0, 1\], got 0.0"),
   ("compare run --accuracy high", "--accuracy: invalid float value: 'high'"),
   ("compare run --out nowhere/a.png", "there is no folder nowhere"),
-  ("compare run --out lost", "--out lost is a folder"),
+  ("compare run --out lost", "--out lost is there already"),
   ("export run", "arguments are required: OUT"),
   ("export nowhere new", "nowhere is not the folder of a finished run"),
   ("export broken new", "broken is not the folder of a finished run"),

@@ -86,12 +86,6 @@ def test_memory(tmp_path, capsys):
     assert size <= rows[name]["state_bytes_a_parameter"] < size + 0.1
 
 
-def test_scaling(tmp_path, capsys):
-  arguments = ["scaling", "--sizes", "16000", "--repeats", "2"]
-  rows = _run(arguments, tmp_path, capsys)
-  assert list(rows) == ["2e+04 weights, 1 layers", "2e+04 weights, 8 layers"]
-
-
 def test_networks(tmp_path, capsys):
   arguments = ["networks", "--model", "perceptron", "--width", "8"]
   small = ["--batch-size", "4", "--steps", "2", "--repeats", "2"]
@@ -99,7 +93,9 @@ def test_networks(tmp_path, capsys):
   rows = _run([*arguments, *small, *many], tmp_path, capsys)
   assert list(rows) == ["1", "2", "4"]
   assert rows["1"]["times_one"] == 1
-  assert rows["4"]["state_megabytes"] > 3.9 * rows["1"]["state_megabytes"]
+  for row in rows.values():
+    low, high = row["times_one_quartiles"]
+    assert 0 < low <= row["times_one"] <= high
 
 
 def test_input(tmp_path, capsys):
@@ -147,7 +143,7 @@ def test_ratios_are_taken_round_by_round():
     ("training-step --batch-size 0", "--batch-size must be at least 1"),
     ("training-step --precision half", "invalid choice: 'half'"),
     ("training-step --image-size 0", "--image-size must be at least 1, got 0"),
-    ("scaling --sizes 8000 -5", "--sizes must be at least 8000, got -5"),
+    ("networks --sizes 3", "unrecognized arguments: --sizes 3"),
     (
       "networks --networks 3 --devices 2",
       "--networks must be 1 or a multiple of --devices 2, got 3",
@@ -156,7 +152,7 @@ def test_ratios_are_taken_round_by_round():
     ("networks --steps 79", "--steps must be at most 78"),
     ("memory --repeats 3", "unrecognized arguments: --repeats 3"),
     ("memory --output none/a.json", "--output none/a.json: there is no such"),
-    ("memory --output .", "--output . is a folder"),
+    ("memory --output .", "--output . is there already"),
   ],
 )
 def test_bad_input(line, message, capsys):

@@ -70,8 +70,7 @@ def test_runs_of_another_optimiser_make_another_group(runs, tmp_path):
 def test_a_flag_that_older_runs_do_not_know(runs):
   config = runs[1] / folder.CONFIG
   flags = json.loads(config.read_text())
-  assert flags["width"] is None
-  del flags["width"]
+  del flags["width"], flags["gamma_sal"]
   config.write_text(json.dumps(flags))
   groups = compare.group([compare.read(path) for path in runs])
   assert [len(g.runs) for g in groups] == [2, 2]
@@ -121,12 +120,14 @@ def test_command(runs, tmp_path, capsys):
     ("{tmp}/a {tmp}/b {tmp}/../{name}/a", "/a is given twice"),
     ("{tmp}/a {tmp}/c {tmp}/again", "again has the flags and the seed of"),
     ("{tmp}/a --out x.pdf", "--out must end in .png, got x.pdf"),
+    ("{tmp}/a --out {tmp}/old.png", "/old.png is there already"),
   ],
 )
 def test_bad_input(runs, tmp_path, capsys, arguments, message):
   (tmp_path / "empty").mkdir()
   (tmp_path / "empty" / folder.CONFIG).write_text("{}")
   shutil.copytree(tmp_path / "a", tmp_path / "again")
+  (tmp_path / "old.png").write_text("a figure")
   assert (
     compare.main(arguments.format(tmp=tmp_path, name=tmp_path.name).split())
     == 2
@@ -135,3 +136,4 @@ def test_bad_input(runs, tmp_path, capsys, arguments, message):
   assert error.count("\n") == 1
   assert error.startswith("error: ")
   assert message.replace("\\", "") in error
+  assert (tmp_path / "old.png").read_text() == "a figure"

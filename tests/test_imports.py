@@ -107,5 +107,7 @@ def test_public_names_are_there_and_documented():
   names = {name for name in dir(sparseopt_jax) if name[0] != "_"}
   is_module = lambda name: inspect.ismodule(getattr(sparseopt_jax, name))
   assert {name for name in names if not is_module(name)} == PUBLIC
+  reference = (PACKAGE / "docs" / "core.rst").read_text()
   for name in PUBLIC:
     assert getattr(sparseopt_jax, name).__doc__
+    assert f":: {name}\n" in reference

@@ -99,6 +99,13 @@ def test_each_ends_as_alone(monkeypatch, tmp_path, x64, alone, layout):
       for each in (folder_of_own, path / str(seed))
     ]
     assert configs[0] == configs[1]
+  summaries = [
+    json.loads((together / f"seed-{seed}" / folder.SUMMARY).read_text())
+    for seed in SEEDS
+  ]
+  # Time is of the program; each network has its own share of the speed.
+  assert len({summary["seconds"] for summary in summaries}) == 1
+  assert {summary["networks"] for summary in summaries} == {4}
   losses = {
     tiny.metrics(together / f"seed-{s}")[-1]["test_loss"] for s in SEEDS
   }

@@ -20,12 +20,31 @@ FLAGS = "--width 4 --epochs 3 --update-every 8 --precision float64 --devices 8"
 STEPS = 66
 
 
-def _start(path, *flags, devices):
+_COMMAND = ("-m", "sparseopt_jax.train")
+# The command, in which one of several processes fails after an epoch.
+_FAILING = """
+import sys
+from sparseopt_jax import train
+from sparseopt_jax.training import errors, feed
+
+train_batches = feed.Resident.train
+
+def fail(self, step):
+  if step >= 22 and sys.argv[-1] == {number!r}:
+    raise errors.RunError("no more power")
+  return train_batches(self, step)
+
+feed.Resident.train = fail
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def _start(path, *flags, devices, program=_COMMAND):
   """Starts the command with so many simulated devices."""
   package = pathlib.Path(train.__file__).parent.parent
   return subprocess.Popen(
     [
-      *(sys.executable, "-m", "sparseopt_jax.train"),
+      *(sys.executable, *program),
       *("--workdir", str(path), *FLAGS.split(), *flags),
     ],
     env={
@@ -39,14 +58,16 @@ def _start(path, *flags, devices):
   )
 
 
-def _start_two(path, *flags):
+def _start_two(path, *flags, program=_COMMAND):
   """Starts two processes with four devices each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     coordinator = f"localhost:{free.getsockname()[1]}"
   together = ["--coordinator", coordinator, "--process-count", "2", *flags]
   return [
-    _start(path, *together, "--process-id", str(number), devices=4)
+    _start(
+      path, *together, "--process-id", str(number), devices=4, program=program
+    )
     for number in range(2)
   ]
 
@@ -107,3 +128,17 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, x64):
   ):
     np.testing.assert_array_equal(a, b)
   assert tiny.metrics(whole) == tiny.metrics(parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_that_fails_alone_ends_both_and_says_which(tmp_path, number):
+  program = "-c", _FAILING.format(number=str(number))
+  processes = _start_two(tmp_path / "run", program=program)
+  said = processes[number].communicate(timeout=600)[1]
+  start = time.monotonic()
+  processes[1 - number].communicate(timeout=600)
+  assert time.monotonic() - start < 30
+  assert f"error: process {number} of 2: no more power\n" in said
+  assert processes[number].returncode == 1
+  assert processes[1 - number].returncode

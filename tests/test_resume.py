@@ -257,6 +257,22 @@ def test_another_flag_is_refused_with_the_difference(
   assert "--momentum 0.9 became 0.8; --seed 0 became 1" in error
 
 
+def test_a_flag_that_is_newer_than_the_run_has_its_default(
+  monkeypatch, tmp_path, finished, capsys
+):
+  parts = shutil.copytree(finished, tmp_path / "parts")
+  config = parts / folder.CONFIG
+  flags = json.loads(config.read_text())
+  del flags["gamma_sal"], flags["networks"]
+  config.write_text(json.dumps(flags))
+  tiny.use(monkeypatch)
+  other = tiny.arguments(parts, resume=True, networks=2)
+  assert train.main(other) == 2
+  assert "--networks 1 became 2" in capsys.readouterr().err
+  assert train.main(tiny.arguments(parts, resume=True)) == 0
+  tiny.assert_same_run(finished, parts)
+
+
 def test_figures_of_training_are_of_one_epoch(monkeypatch, finished):
   tiny.use(monkeypatch)
   for step in (6, 12):  # Six steps of sixteen images each.
@@ -449,6 +465,38 @@ def test_newest_and_best_are_kept(monkeypatch, tmp_path, stopped):
   assert summary["best_step"] == 12
   accuracies = [line["test_accuracy"] for line in tiny.metrics(parts)]
   assert summary["best_test_accuracy"] == accuracies[1] == max(accuracies)
+
+
+def test_the_checkpoint_of_a_stopped_evaluation_is_kept_as_the_best(
+  monkeypatch, tmp_path
+):
+  parts = tmp_path / "parts"
+  wrong = lambda batch: {**batch, "label": batch["label"] + 10}
+
+  def right_in(evaluation, stops):
+    evaluations = []
+
+    def hook(number, batch):
+      if number == 0:
+        evaluations.append(number)
+      if len(evaluations) != evaluation:
+        return wrong(batch)
+      if stops and number == 1:
+        signal.raise_signal(signal.SIGTERM)
+      return batch
+
+    return hook
+
+  flags = {"epochs": 4, "keep_checkpoints": 1}
+  tiny.use(monkeypatch, test_hook=right_in(2, stops=True))
+  assert train.main(tiny.arguments(parts, **flags)) == 143
+  assert _steps(parts)[-1] == 12
+  monkeypatch.undo()
+  tiny.use(monkeypatch, test_hook=right_in(1, stops=False))
+  assert train.main(tiny.arguments(parts, **flags, resume=True)) == 0
+  summary = json.loads((parts / folder.SUMMARY).read_text())
+  assert summary["best_step"] == 12
+  assert _steps(parts) == [12, 24]
 
 
 def test_of_several_that_are_the_best_the_newest_is_kept(monkeypatch, tmp_path):

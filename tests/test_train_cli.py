@@ -202,6 +202,28 @@ def test_tensorboard_has_to_be_there(monkeypatch, tmp_path, capsys):
   assert "--tensorboard needs: pip install" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path):
+  """As `| head -1` does."""
+  path = tmp_path / "run"
+  package = pathlib.Path(train.__file__).parent.parent
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "sparseopt_jax.train", "--workdir", str(path)),
+      *("--width", "4", "--epochs", "1"),
+    ],
+    env={**os.environ, "PYTHONPATH": str(package)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  with process:
+    assert str(path) in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+  assert process.returncode == 0
+  assert (path / folder.SUMMARY).exists()
+
+
 def test_free_flags_may_change_on_resume(monkeypatch, tmp_path, run):
   again = shutil.copytree(run[0], tmp_path / "again")
   tiny.use(monkeypatch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import signal
 import time
 
@@ -377,6 +378,37 @@ def test_prefetch_counts_the_wait_and_closes_at_once():
   next(batches)
   assert batches.waited > 0.03
   batches.close()
+
+
+def test_the_cache_loses_what_was_read_longest_ago(tmp_path):
+  runtime.trim(tmp_path / "none", 0)
+  for name, read in (("b", 200), ("a", 300), ("c", 100)):
+    (tmp_path / name).write_bytes(bytes(40))
+    os.utime(tmp_path / name, (read, 400 - read))
+  left = lambda: sorted(path.name for path in tmp_path.iterdir())
+  runtime.trim(tmp_path, 120)
+  assert left() == ["a", "b", "c"]
+  runtime.trim(tmp_path, 119)
+  assert left() == ["a", "b"]
+  runtime.trim(tmp_path, 40)
+  assert left() == ["a"]
+
+
+def test_the_cache_is_trimmed_where_the_user_names_none(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  trimmed = []
+  monkeypatch.setattr(runtime, "trim", lambda *args: trimmed.append(args))
+  before = jax.config.jax_compilation_cache_dir
+  runtime.prepare()  # The tests have a folder of their own.
+  assert (trimmed, jax.config.jax_compilation_cache_dir) == ([], before)
+  jax.config.update("jax_compilation_cache_dir", None)
+  try:
+    runtime.prepare()
+    own = tmp_path / "sparseopt-jax" / "compiled"
+    assert trimmed == [(own, 2**30)]
+    assert jax.config.jax_compilation_cache_dir == str(own)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_training_never_compiles_again(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ says.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 import sys
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import compilation
 from sparseopt_jax.benchmarks import optimizer
-from sparseopt_jax.benchmarks import scaling
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
 from sparseopt_jax.training import cli
@@ -22,86 +21,143 @@ from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training.errors import UsageError
 
 _NEVER = 2**30
+_FLAGS: dict[str, dict[str, Any]] = {
+  "sparsity": {"default": 0.9, "help": "fraction of zeros"},
+  "repeats": {"default": 15, "help": "rounds of measurement"},
+  "model": {"choices": models.NAMES, "help": "the network"},
+  "batch-size": {"default": 128, "help": "images in a step"},
+  "precision": {
+    "default": "float32",
+    "choices": config_lib.PRECISIONS,
+    "help": "of the computation",
+  },
+  "image-size": {"default": 32, "help": "height and width in pixels"},
+  "networks": {
+    "default": [1, 2, 4, 8, 16, 32],
+    "type": int,
+    "nargs": "+",
+    "help": "numbers of networks; 1 is always there",
+  },
+  "devices": {"default": 1, "help": "devices that share the networks out"},
+  "width": {"type": int, "help": "channels or neurons"},
+  "steps": {"default": 3, "help": "steps that are timed together"},
+}
 
 
-def parser() -> cli.Parser:
-  """The command line."""
+def _networks(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import networks
+
+  configs = [_config(args, n) for n in sorted({1, *args.networks})]
+  return networks.run(configs, args.repeats, args.steps)
+
+
+def _tensorflow(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import tensorflow_step
+
+  return tensorflow_step.run(_config(args), args.repeats, args.steps)
+
+
+def _input(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import input_pipeline
+
+  return input_pipeline.run(_config(args), args.repeats)
+
+
+def _config(args: argparse.Namespace, networks: int = 1) -> config_lib.Config:
+  """What the trainer is timed with."""
+  return config_lib.Config(
+    dataset="imagenet2012" if args.model == "resnet50" else "cifar100",
+    model=args.model,
+    width=getattr(args, "width", None),
+    sparsity=args.sparsity,
+    batch_size=args.batch_size,
+    precision=getattr(args, "precision", "float32"),
+    update_every=100,
+    networks=networks,
+    devices=args.devices if networks > 1 else 1,
+  )
+
+
+# Each command: what runs, what it measures, and its flags.
+_COMMANDS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+  "optimizer": (
+    lambda a: optimizer.run(a.model, a.sparsity, a.repeats, 10, _NEVER),
+    "the optimiser's step between mask updates",
+    "model=resnet50 repeats",
+  ),
+  "mask-update": (
+    lambda a: optimizer.run(a.model, a.sparsity, a.repeats, 1, 1),
+    "the optimiser's step with a mask update",
+    "model=resnet50 repeats",
+  ),
+  "compile": (
+    lambda a: compilation.first_call(a.model, a.sparsity, a.repeats),
+    "the first call: trace, compile and run",
+    "model=resnet50 repeats",
+  ),
+  "memory": (
+    lambda a: compilation.memory(a.model, a.sparsity),
+    "bytes of the state",
+    "model=resnet50",
+  ),
+  "training-step": (
+    training_step.run,
+    "the whole step between mask updates",
+    "model=resnet20 batch-size image-size precision repeats",
+  ),
+  "networks": (
+    _networks,
+    "many networks in one program, against one after the other",
+    "model=resnet20 width batch-size precision networks devices steps=10 "
+    "repeats",
+  ),
+  "tensorflow": (
+    _tensorflow,
+    "the trainer's step, against the same one in TensorFlow",
+    "model=resnet20 batch-size steps repeats",
+  ),
+  "input": (
+    _input,
+    "images a second of the input, against the trainer's step",
+    "model=resnet20 batch-size precision repeats",
+  ),
+}
+
+
+def _parser() -> cli.Parser:
   top = cli.Parser(
     prog="python -m sparseopt_jax.benchmarks", description=__doc__
   )
   commands = top.add_subparsers(dest="command", required=True)
-  for name, text in (
-    ("optimizer", "the optimiser's step between mask updates"),
-    ("mask-update", "the optimiser's step with a mask update"),
-    ("compile", "the first call: trace, compile and run"),
-    ("memory", "bytes of the state and of the compiled program"),
-    ("scaling", "the mask update by number of weights and layers"),
-    ("training-step", "the whole step between mask updates"),
-    ("networks", "many networks in one program, against one after the other"),
-    ("tensorflow", "the trainer's step, against the same one in TensorFlow"),
-    ("input", "images a second of the input, against the trainer's step"),
-  ):
+  for name, (_, text, flags) in _COMMANDS.items():
     command = commands.add_parser(name, help=text)
     command.add_argument("--output", help="write the figures here, as JSON")
-    _add(command, "--sparsity", 0.9, "fraction of zeros")
-    if name != "memory":
-      _add(command, "--repeats", 15, "rounds of measurement")
-    if name == "scaling":
-      sizes = [10_000, 100_000, 1_000_000, 10_000_000, 100_000_000]
-      _add(command, "--sizes", sizes, "numbers of weights", type=int, nargs="+")
-      topologies = ["SET", "RigL"]
-      _add(command, "--topology", "RigL", "how masks change", topologies)
-    elif name == "tensorflow":
-      names = ("resnet8", "resnet14", "resnet20")
-      _add(command, "--model", "resnet20", "the network", names)
-      _add(command, "--batch-size", 128, "images in a step")
-      _add(command, "--steps", 3, "steps that are timed together")
-    elif name in ("training-step", "input", "networks"):
-      _add(command, "--model", "resnet20", "the network", models.NAMES)
-      _add(command, "--batch-size", 128, "images in a step")
-      precisions = config_lib.PRECISIONS
-      _add(command, "--precision", "float32", "of the computation", precisions)
-      if name == "training-step":
-        _add(command, "--image-size", 32, "height and width in pixels")
-      if name == "networks":
-        _add_networks(command)
-    else:
-      trees = optimizer.TREES
-      _add(command, "--model", "resnet50", "whose parameters to take", trees)
+    for flag in ("sparsity", *flags.split()):
+      _add(command, *flag.split("="))
   return top
 
 
-def _add_networks(command: argparse.ArgumentParser) -> None:
-  counts = [1, 2, 4, 8, 16, 32]
-  text = "numbers of networks; 1 is always there"
-  _add(command, "--networks", counts, text, type=int, nargs="+")
-  _add(command, "--devices", 1, "devices that share the networks out")
-  _add(command, "--width", None, "channels or neurons", type=int)
-  _add(command, "--steps", 10, "steps that one call takes")
-
-
 def _add(
-  command: argparse.ArgumentParser,
-  flag: str,
-  default: Any,
-  text: str,
-  choices: Sequence[str] | None = None,
-  **options: Any,
+  command: argparse.ArgumentParser, flag: str, default: str | None = None
 ) -> None:
-  """A flag of the default's type, whose help tells the default."""
-  options = {"type": type(default), "default": default} | options
-  command.add_argument(
-    flag, choices=choices, help=f"{text} (default: %(default)s)", **options
-  )
+  """A flag whose help tells its default, which may be the command's own."""
+  options = {"default": None, **_FLAGS[flag]}
+  kind = options.pop("type", type(options["default"] or ""))
+  if default is not None:
+    options["default"] = kind(default)
+  options["help"] += " (default: %(default)s)"
+  command.add_argument(f"--{flag}", type=kind, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the command and returns its exit code."""
 
   def command() -> None:
-    args = parser().parse_args(arguments)
+    args = _parser().parse_args(arguments)
     _check(args)
-    _run(args)
+    rows = _COMMANDS[args.command][0](args)
+    title = f"{args.command}, {args.sparsity:.0%} sparse, {args.model}"
+    timing.report(title, rows, args.output)
 
   return cli.run(command)
 
@@ -116,82 +172,10 @@ def _check(args: argparse.Namespace) -> None:
       )
   for count in getattr(args, "networks", []):
     _config(args, count)
-  if min(getattr(args, "sizes", [8_000])) < 8_000:
-    raise UsageError(f"--sizes must be at least 8000, got {min(args.sizes)}")
   if args.output and not pathlib.Path(args.output).parent.is_dir():
     raise UsageError(f"--output {args.output}: there is no such folder")
-  if args.output and pathlib.Path(args.output).is_dir():
-    raise UsageError(f"--output {args.output} is a folder")
-
-
-def _run(args: argparse.Namespace) -> None:
-  name = f"{args.command}, {args.sparsity:.0%} sparse"
-  if args.command == "scaling":
-    name += f", {args.topology}"
-    rows = scaling.run(args.sizes, args.sparsity, args.repeats, args.topology)
-  elif args.command == "training-step":
-    name += f", {args.model}"
-    rows = training_step.run(
-      args.model,
-      args.image_size,
-      args.batch_size,
-      args.sparsity,
-      args.repeats,
-      args.precision,
-    )
-  elif args.command == "tensorflow":
-    from sparseopt_jax.benchmarks import tensorflow_step
-
-    name += f", {args.model}"
-    config = config_lib.Config(
-      dataset="cifar100",
-      model=args.model,
-      sparsity=args.sparsity,
-      batch_size=args.batch_size,
-      update_every=100,
-    )
-    rows = tensorflow_step.run(config, args.repeats, args.steps)
-  elif args.command == "networks":
-    from sparseopt_jax.benchmarks import networks
-
-    name += f", {args.model}, {args.devices} device(s)"
-    configs = [_config(args, n) for n in sorted({1, *args.networks})]
-    rows = networks.run(configs, args.repeats, args.steps)
-  elif args.command == "input":
-    from sparseopt_jax.benchmarks import input_pipeline
-
-    name += f", {args.model}"
-    rows = input_pipeline.run(
-      args.model, args.batch_size, args.sparsity, args.repeats, args.precision
-    )
-  else:
-    name += f", {args.model}"
-    rows = _on_tree(args)
-  timing.report(name, rows, args.output)
-
-
-def _config(args: argparse.Namespace, networks: int) -> config_lib.Config:
-  """What `networks` trains."""
-  return config_lib.Config(
-    dataset="cifar100",
-    model=args.model,
-    width=args.width,
-    sparsity=args.sparsity,
-    batch_size=args.batch_size,
-    precision=args.precision,
-    update_every=100,
-    networks=networks,
-    devices=args.devices if networks > 1 else 1,
-  )
-
-
-def _on_tree(args: argparse.Namespace) -> dict[str, dict]:
-  if args.command == "compile":
-    return compilation.first_call(args.model, args.sparsity, args.repeats)
-  if args.command == "memory":
-    return compilation.memory(args.model, args.sparsity)
-  calls, every = (1, 1) if args.command == "mask-update" else (10, _NEVER)
-  return optimizer.run(args.model, args.sparsity, args.repeats, calls, every)
+  if args.output and pathlib.Path(args.output).exists():
+    raise UsageError(f"--output {args.output} is there already")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""The first call of the optimiser's step, and the memory of its program."""
+"""The first call of the optimiser's step, and the bytes of its state."""
 
-import functools
 import pathlib
-import resource
 import tempfile
 import time
 from typing import Any
@@ -53,35 +51,21 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
   rounds: dict[str, list] = {}
   for _ in range(repeats):
     for name, tx in _optimizers(sparsity).items():
-      wall, cpu = time.perf_counter(), time.process_time()
       state = optimizer.first_state(tx, params)
-      init_cpu = time.process_time() - cpu
       wall, cpu = time.perf_counter(), time.process_time()
       program = optimizer.lowered_step(tx, state, gradients).compile()
       jax.block_until_ready(program(state, gradients))
       elapsed = (time.perf_counter() - wall, time.process_time() - cpu)
-      rounds.setdefault(name, []).append((*elapsed, init_cpu))
-  columns = {name: np.array(row).T for name, row in rounds.items()}
-  times = {name: timing.Times(c[0], c[1]) for name, c in columns.items()}
+      rounds.setdefault(name, []).append(elapsed)
+  times = {n: timing.Times(*np.array(row).T) for n, row in rounds.items()}
   rows = timing.ratios(times, "plain", timing.clock())
-  for name, column in columns.items():
-    rows[name]["init_milliseconds"] = 1e3 * float(np.median(column[2]))
   for name, tx in _optimizers(sparsity).items():
-    _, lowered = _abstract_step(tx, params, gradients)
-    kernels = count_kernels(lowered)
+    state = jax.eval_shape(lambda tx=tx: optimizer.first_state(tx, params))
+    kernels = count_kernels(optimizer.lowered_step(tx, state, gradients))
     if kernels:
       each = rows[name]["milliseconds"] / kernels
       rows[name] |= {"kernels": kernels, "milliseconds_a_kernel": each}
   return rows
-
-
-def _abstract_step(
-  tx: optax.GradientTransformation, params: Any, gradients: Any
-) -> tuple[Any, Any]:
-  """The shapes of a step's state, and the step itself, not yet compiled."""
-  first_state = functools.partial(optimizer.first_state, tx)
-  state = jax.eval_shape(first_state, params)
-  return state, optimizer.lowered_step(tx, state, gradients)
 
 
 def count_kernels(lowered: Any) -> int:
@@ -103,30 +87,22 @@ def count_kernels(lowered: Any) -> int:
 
 
 def memory(model: str, sparsity: float) -> dict[str, dict]:
-  """Bytes a parameter: the state beyond plain SGD's, and the program's own.
+  """Bytes of the state a parameter, beyond plain SGD's.
 
   Args:
     model: Whose parameters to optimise.
     sparsity: Fraction of zeros.
   """
-  params, gradients = optimizer.problem(model)
+  params, _ = optimizer.problem(model)
+  optimizers = timing.optimizers(0.1, sparsity, 1)
+  states = {n: jax.eval_shape(tx.init, params) for n, tx in optimizers.items()}
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
-  rows: dict[str, dict[str, Any]] = {}
-  for name, tx in timing.optimizers(0.1, sparsity, 1).items():
-    state, lowered = _abstract_step(tx, params, gradients)
-    analysis: Any = lowered.compile().memory_analysis()
-    rows[name] = {
-      "state_bytes_a_parameter": _num_bytes(state[1]) / size,
-      "temporary_bytes_a_parameter": analysis.temp_size_in_bytes / size,
-    }
-  plain = rows["plain"]["state_bytes_a_parameter"]
-  for row in rows.values():
-    row["state_bytes_a_parameter"] -= plain
-  # Kilobytes on Linux.
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-  rows["process"] = {"peak_gigabytes": peak}
-  return rows
+  plain = _num_bytes(states["plain"])
+  return {
+    name: {"state_bytes_a_parameter": (_num_bytes(state) - plain) / size}
+    for name, state in states.items()
+  }
 
 
-def _num_bytes(tree: optax.OptState) -> int:
+def _num_bytes(tree: Any) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

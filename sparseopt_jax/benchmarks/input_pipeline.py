@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from sparseopt_jax import data
+from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.data import in_memory
 from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.training import build
@@ -34,38 +35,23 @@ _BATCHES = {"cifar100": 50, "imagenet2012": 1}
 _WARM_UP = 6
 
 
-def run(
-  model: str, batch_size: int, sparsity: float, repeats: int, precision: str
-) -> dict[str, dict]:
+def run(config: Config, repeats: int) -> dict[str, dict]:
   """Images per second of the input, and of a step of the trainer.
 
-  ResNet-50 is fed with JPEG files, the other networks from memory.
-
   Args:
-    model: A name of `sparseopt_jax.models`.
-    batch_size: Images in a step.
-    sparsity: Fraction of zeros.
+    config: What to train: on ImageNet it is fed with JPEG files, on CIFAR from
+      memory.
     repeats: Rounds of measurement, and steps.
-    precision: Dtype of the computation.
   """
-  flags: dict[str, Any] = {
-    "dataset": "imagenet2012" if model == "resnet50" else "cifar100",
-    "model": model,
-    "batch_size": batch_size,
-    "sparsity": sparsity,
-    "precision": precision,
-    "update_every": 100,
-  }
-  config = Config(**flags)
   layout = build.devices(config)
   with tempfile.TemporaryDirectory() as folder:
-    size = prepare_jpegs(pathlib.Path(folder), max(_JPEGS, batch_size))
+    size = prepare_jpegs(pathlib.Path(folder), max(_JPEGS, config.batch_size))
     sources: dict[str, Dataset] = {
       "in memory, 32x32": small_images(),
       "JPEG, 500x375 to 224x224": data.load("imagenet2012", folder),
     }
     rows = {
-      name: alone(source, layout, batch_size, repeats)
+      name: alone(source, layout, config.batch_size, repeats)
       for name, source in sources.items()
     }
     rows["JPEG, 500x375 to 224x224"]["kilobytes_an_image"] = size / 1e3
@@ -73,7 +59,7 @@ def run(
     step = training(config, layout, source, repeats)
   for row in rows.values():
     row["times_the_step"] = row["images_per_second"] / step["images_per_second"]
-  return {**rows, f"{model} step": step}
+  return {**rows, f"{config.model} step": step}
 
 
 def alone(
@@ -109,12 +95,7 @@ def _draw(batches: Prefetch, count: int) -> None:
 
 
 def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
-  """Median and quartiles."""
-  low, middle, high = np.percentile(images / np.array(seconds), [25, 50, 75])
-  return {
-    "images_per_second": float(middle),
-    "images_per_second_quartiles": [float(low), float(high)],
-  }
+  return timing.spread("images_per_second", images / np.array(seconds))
 
 
 def training(

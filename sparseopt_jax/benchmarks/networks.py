@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from sparseopt_jax.benchmarks import input_pipeline
@@ -32,31 +30,21 @@ def run(
     repeats: Rounds of measurement.
     steps: Steps between mask updates that one call takes.
   """
-  rows: dict[str, dict[str, Any]] = {}
-  calls, states = {}, {}
   build.devices(configs[-1])  # Simulated devices are made before all else.
-  for config in configs:
-    name = str(config.networks)
-    calls[name], state = program(config, steps)
-    start = time.perf_counter()
-    states[name] = jax.block_until_ready(calls[name](state))
-    rows[name] = {
-      "first_call_seconds": time.perf_counter() - start,
-      "state_megabytes": _size(states[name]) / 1e6,
-      "peak_megabytes": _peak(),
-    }
+  programs = {str(c.networks): program(c, steps) for c in configs}
+  calls, states = (
+    {name: pair[part] for name, pair in programs.items()} for part in (0, 1)
+  )
   times = timing.interleave(calls, states, repeats=repeats, calls=1)
   images = steps * configs[0].batch_size
-  for name, row in rows.items():
-    speed = int(name) * images / times[name].wall
-    ratio = speed / (images / times["1"].wall)
-    low, middle, high = np.percentile(ratio, [25, 50, 75])
-    row["images_per_second"] = float(np.median(speed))
-    row["times_one"] = float(middle)
-    row["times_one_quartiles"] = [float(low), float(high)]
-    row["cpu_ms_a_step"] = 1e3 * float(
-      np.median(times[name].cpu) / (steps * int(name))
-    )
+  rows = {}
+  for name, row in times.items():
+    ratio = int(name) * times["1"].wall / row.wall
+    rows[name] = {
+      "images_per_second": float(np.median(int(name) * images / row.wall)),
+      **timing.spread("times_one", ratio),
+      "cpu_ms_a_step": 1e3 * float(np.median(row.cpu)) / (steps * int(name)),
+    }
   return rows
 
 
@@ -90,14 +78,3 @@ def program(config: Config, steps: int) -> tuple[Callable[[Any], Any], Any]:
     return state
 
   return call, state
-
-
-def _size(tree: Any) -> int:
-  return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-
-def _peak() -> float | None:
-  """The most that the first device has held so far; a CPU does not tell."""
-  found = jax.devices()[0].memory_stats() or {}
-  peak = found.get("peak_bytes_in_use")
-  return None if peak is None else peak / 1e6

@@ -66,27 +66,6 @@ def clock() -> str:
   return "cpu" if jax.default_backend() == "cpu" else "wall"
 
 
-def with_roofline(rows: dict[str, dict], params: Any) -> dict[str, dict]:
-  """Adds how often the parameters could have been copied in the same time.
-
-  Plain SGD with momentum reads three arrays of their size and writes two, as
-  much as two and a half copies.
-
-  Args:
-    rows: From `ratios`.
-    params: The parameters.
-  """
-  copy = jax.jit(
-    lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0
-  )
-  copies = jax.tree.map(lambda x: x.copy(), params)
-  times = interleave({"copy": copy}, {"copy": copies}, repeats=9, calls=3)
-  seconds = float(np.median(getattr(times["copy"], clock())))
-  for row in rows.values():
-    row["copies"] = row["milliseconds"] / (1e3 * seconds)
-  return rows
-
-
 def ratios(
   times: Mapping[str, Times], base: str, clock: str
 ) -> dict[str, dict]:
@@ -94,13 +73,17 @@ def ratios(
   reference = getattr(times[base], clock)
   rows = {}
   for name, row in times.items():
-    quartiles = np.percentile(getattr(row, clock) / reference, [25, 50, 75])
     rows[name] = {
       "milliseconds": 1e3 * float(np.median(getattr(row, clock))),
-      "ratio": float(quartiles[1]),
-      "ratio_quartiles": [float(quartiles[0]), float(quartiles[2])],
+      **spread("ratio", getattr(row, clock) / reference),
     }
   return rows
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, Any]:
+  """Median and quartiles."""
+  low, middle, high = np.percentile(values, [25, 50, 75]).tolist()
+  return {name: middle, f"{name}_quartiles": [low, high]}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

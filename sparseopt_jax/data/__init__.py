@@ -43,7 +43,7 @@ def load(
   Args:
     name: One of `NAMES`.
     data_dir: The folder of TensorFlow Datasets. By default the environment
-      variable `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      variable `TFDS_DATA_DIR`, else ``~/tensorflow_datasets``.
     image_size: Height and width of the images in pixels, 224 by default; for
       `imagenet2012` only, the other data sets have a size of their own.
 

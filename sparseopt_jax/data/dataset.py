@@ -53,8 +53,9 @@ class Dataset(abc.ABC):
   ) -> Iterator[Batch]:
     """Yields training batches for ever, from batch number `start_step` on.
 
-    Each epoch is shuffled anew, and the num_train % batch_size examples at its
-    end are left out. Batch t is a function of `seed`, `batch_size` and t.
+    Each epoch has an order of its own, and the num_train % batch_size examples
+    at its end are left out. Batch t is a function of `seed`, `batch_size` and
+    t.
 
     Args:
       seed: Seed of the order (and of ImageNet's crops), not negative.
@@ -67,7 +68,8 @@ class Dataset(abc.ABC):
       process_count: Number of shares.
 
     Returns:
-      An iterator over `{"image": uint8 (b, h, w, c), "label": int32 (b,)}`.
+      An iterator over dicts of `image`, uint8 (b, h, w, c), and `label`, int32
+      (b,).
 
     Raises:
       ValueError: If `batch_size` is not in [1, num_train], or is not a multiple
@@ -101,8 +103,8 @@ class Dataset(abc.ABC):
       process_count: Number of shares.
 
     Returns:
-      An iterator over `{"image": uint8 (b, h, w, c), "label": int32 (b,),
-      "valid": bool (b,)}`.
+      An iterator over dicts of `image` and `label`, as above, and `valid`, bool
+      (b,).
 
     Raises:
       ValueError: If `batch_size` is not positive, or is not a multiple of

@@ -18,6 +18,7 @@ from sparseopt_jax import inspection
 from sparseopt_jax import models
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import parallel
+from sparseopt_jax.training import processes
 from sparseopt_jax.training import state as state_lib
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
@@ -36,12 +37,7 @@ def devices(config: Config) -> parallel.Layout:
     jax.config.update("jax_enable_x64", True)
   if config.networks > 1 and config.devices > 1:
     _simulate_devices(config.devices)
-  if config.coordinator is not None:
-    # It would take SIGTERM for itself.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-      config.coordinator, config.process_count, config.process_id
-    )
+  processes.join(config)
   return parallel.layout(config.devices, config.shard_params, config.networks)
 
 

@@ -145,7 +145,7 @@ def joint_run(folder: pathlib.Path) -> pathlib.Path | None:
     return None
   if not (place.parent / CONFIG).is_file():
     return None
-  several = read_config(place.parent).get("networks", 1) > 1
+  several = read_config(place.parent)["networks"] > 1
   return place.parent if several else None
 
 
@@ -230,6 +230,9 @@ def _check_same_run(wanted: dict[str, Any], folder: pathlib.Path) -> None:
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """The `identity` of the run in a folder.
 
+  A flag that is newer than the run has its default: a new flag must have the
+  old course for its default.
+
   Raises:
     UsageError: If there is none, or it cannot be read.
   """
@@ -240,7 +243,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     raise UsageError(f"{path} cannot be read: {error}") from None
   if not isinstance(content, dict):
     raise UsageError(f"{path} does not hold a run's flags")
-  return content
+  return {**Config().identity(), **content}
 
 
 def read_network(folder: pathlib.Path) -> dict[str, Any]:
@@ -250,7 +253,7 @@ def read_network(folder: pathlib.Path) -> dict[str, Any]:
     UsageError: As `read_config`; or the run has several networks.
   """
   found = read_config(folder)
-  if found.get("networks", 1) > 1:
+  if found["networks"] > 1:
     raise UsageError(
       f"{folder} is a run of {found['networks']} networks; give their folders, "
       f"such as {folder / 'seed-'}{found['seed']}"

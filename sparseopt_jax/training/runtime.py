@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import ctypes
 import functools
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -16,20 +18,38 @@ from sparseopt_jax.models import convolution
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 _CACHE = "jax_compilation_cache_dir"
+# The trainer's programs on a CPU have 0.2 to 0.6 MB each.
+_CACHE_BYTES = 2**30
 
 
 def prepare() -> None:
   """Keeps pages and compiled programs; to be called before JAX computes.
 
   Compiled programs are kept in JAX's persistent cache, in the folder that
-  `JAX_COMPILATION_CACHE_DIR` names or else in the user's cache folder.
+  `JAX_COMPILATION_CACHE_DIR` names or else in the user's cache folder. There
+  those of longest ago go, beyond 1 GiB.
   """
   keep_pages()
   if getattr(jax.config, _CACHE) is None:
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(caches):  # Not where there is no home.
-      folder = os.path.join(caches, "sparseopt-jax", "compiled")
-      jax.config.update(_CACHE, folder)
+      folder = pathlib.Path(caches, "sparseopt-jax", "compiled")
+      trim(folder, _CACHE_BYTES)
+      jax.config.update(_CACHE, str(folder))
+
+
+def trim(folder: pathlib.Path, most: int) -> None:
+  """Removes the files that were read longest ago, until so many bytes are left.
+
+  JAX's own limit takes a lock for each access, and an entry that a killed run
+  left half written ends the caching of all later runs.
+  """
+  with contextlib.suppress(OSError):  # No folder yet, or another run trims.
+    files = [(file.stat(), file) for file in folder.iterdir()]
+    for stat, file in sorted(files, key=lambda f: f[0].st_atime, reverse=True):
+      most -= stat.st_size
+      if most < 0:
+        file.unlink()
 
 
 def keep_pages() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import importlib.metadata
+import os
 import platform
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -33,9 +35,19 @@ _PACKAGES = (
 
 
 def say(text: str) -> None:
-  """Prints in the first process; above the progress bar, if there is one."""
-  if jax.process_index() == 0:
+  """Prints in the first process; above the progress bar, if there is one.
+
+  Where nobody reads on, as after `| head`, the run goes on without a word: its
+  records are in files.
+  """
+  if jax.process_index() != 0:
+    return
+  try:
     tqdm.tqdm.write(text)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    with open(os.devnull, "w") as nowhere:
+      os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class Progress:
