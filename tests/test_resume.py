@@ -289,42 +289,45 @@ def test_half_a_line_and_later_lines_go(tmp_path):
   )
 
 
-@pytest.fixture
-def small_files_only():
-  """Files cannot grow beyond 100 bytes: what a full disk does."""
+@contextlib.contextmanager
+def _disk():
+  """Gives what fills the disk: then no file can grow beyond 100 bytes.
 
+  The disk is empty again at once, lest pytest cannot write its own lines.
+  """
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield lambda: limit(100)
+  finally:
+    limit(soft)
 
-  def limit():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
 
-  yield limit
-  resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_whole_lines(tmp_path, small_files_only):
+def test_a_full_disk_leaves_whole_lines(tmp_path):
   path = tmp_path / folder.METRICS
   log = records.MetricsLog(path, last_step=0)
   log.append({"step": 1, "text": "x" * 50})
   before = path.read_bytes()
-  small_files_only()
-  with pytest.raises(RunError, match=r"metrics\.jsonl could not be written"):
+  refused = pytest.raises(RunError, match=r"jsonl could not be written")
+  with _disk() as fill, refused:
+    fill()
     log.append({"step": 2, "text": "x" * 50})
   assert path.read_bytes() == before
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(
-  monkeypatch, tmp_path, finished, capsys, small_files_only
+  monkeypatch, tmp_path, finished, capsys
 ):
   parts = tmp_path / "parts"
+  with _disk() as fill:
 
-  def fill(step, batch):
-    if step == 15:  # The one of step 6 is whole, that of step 18 to come.
-      small_files_only()
-    return batch
+    def fill_at(step, batch):
+      if step == 15:  # The one of step 6 is whole, that of step 18 to come.
+        fill()
+      return batch
 
-  tiny.use(monkeypatch, fill)
-  assert train.main(tiny.arguments(parts, epochs=3)) == 1
+    tiny.use(monkeypatch, fill_at)
+    assert train.main(tiny.arguments(parts, epochs=3)) == 1
   error = capsys.readouterr().err.strip().splitlines()[-1]
   assert error.startswith("error: ")
   assert error.endswith("File too large")

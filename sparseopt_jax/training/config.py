@@ -10,14 +10,17 @@ from collections.abc import Callable
 import dataclasses
 import math
 import os
+import typing
 from typing import Any, Literal
 
 from sparseopt_jax import data
 from sparseopt_jax import models
 from sparseopt_jax.training.errors import UsageError
 
-PRECISIONS = ("float32", "bfloat16", "float64")
-TOPOLOGIES = ("rigl", "set", "srigl", "magnitude", "static", "dense")
+Precision = Literal["float32", "bfloat16", "float64"]
+PRECISIONS = typing.get_args(Precision)
+Topology = Literal["rigl", "set", "srigl", "magnitude", "static", "dense"]
+TOPOLOGIES = typing.get_args(Topology)
 # Fields that say where a run lives or what it shows, not what it computes: they
 # may differ when a run is resumed.
 _FREE = (
@@ -54,9 +57,7 @@ class Config:
   """Kernels of the shortcuts where a residual network's shape changes."""
   sparsity: float = 0.9
   """Fraction of zeros over the sparse layers, in [0, 1)."""
-  topology: Literal["rigl", "set", "srigl", "magnitude", "static", "dense"] = (
-    "rigl"
-  )
+  topology: Topology = "rigl"
   """How the masks change; magnitude: gradual pruning; dense: no masks."""
   correction: Literal["on", "off"] = "on"
   """SparseOpt's correction of the gradient skew; off: the plain baseline."""
@@ -100,7 +101,7 @@ class Config:
   """Seed of initialisation, masks, shuffling and augmentation."""
   networks: int = 1
   """Networks to train side by side, of seeds --seed, --seed + 1, ..."""
-  precision: Literal["float32", "bfloat16", "float64"] = "float32"
+  precision: Precision = "float32"
   """Dtype of the computation; with bfloat16, parameters stay float32."""
   devices: int = 1
   """Devices over all processes: they share each batch out, or the networks."""
@@ -158,16 +159,13 @@ class Config:
 
 
 def _check_choices(config: Config) -> None:
-  for name, allowed in (
-    ("dataset", data.NAMES),
-    ("model", models.NAMES),
-    ("topology", TOPOLOGIES),
-    ("shortcut", ("1x1", "3x3")),
-    ("correction", ("on", "off")),
-    ("grow_from", ("raw", "corrected")),
-    ("distribution", ("erk", "uniform")),
-    ("precision", PRECISIONS),
-  ):
+  choices = {
+    name: typing.get_args(kind)
+    for name, kind in typing.get_type_hints(Config).items()
+    if typing.get_origin(kind) is Literal
+  }
+  choices |= {"dataset": data.NAMES, "model": models.NAMES}
+  for name, allowed in choices.items():
     _require(config, name, f"one of {', '.join(allowed)}", allowed.__contains__)
 
 
@@ -270,42 +268,24 @@ def check_effects(config: Config, default: Config) -> None:
   sparse = config.topology != "dense"
   pruning = config.topology == "magnitude"
   growing = config.topology in ("rigl", "set", "srigl")
+  salient = config.topology == "srigl"
+  corrected_rigl = config.topology == "rigl" and config.correction == "on"
+  topology = f"--topology {config.topology}"
+  both = f"{topology} --correction {config.correction}"
   for names, holds, why in (
     (
-      (
-        "sparsity",
-        "correction",
-        "distribution",
-        "dense_layers",
-        "measure_skew",
-      ),
+      "sparsity correction distribution dense_layers measure_skew",
       sparse,
-      "--topology dense",
+      topology,
     ),
-    (
-      ("update_every", "update_until"),
-      growing or pruning,
-      f"--topology {config.topology}",
-    ),
-    (("drop_fraction",), growing, f"--topology {config.topology}"),
-    (
-      ("update_from", "initial_sparsity"),
-      pruning,
-      f"--topology {config.topology}",
-    ),
-    (
-      ("gamma_sal",),
-      config.topology == "srigl",
-      f"--topology {config.topology}",
-    ),
-    (
-      ("grow_from",),
-      config.topology == "rigl" and config.correction == "on",
-      f"--topology {config.topology} --correction {config.correction}",
-    ),
-    (("shard_params",), config.devices > 1, "one device"),
+    ("update_every update_until", growing or pruning, topology),
+    ("drop_fraction", growing, topology),
+    ("update_from initial_sparsity", pruning, topology),
+    ("gamma_sal", salient, topology),
+    ("grow_from", corrected_rigl, both),
+    ("shard_params", config.devices > 1, "one device"),
   ):
-    for name in names:
+    for name in names.split():
       value = getattr(config, name)
       if value != getattr(default, name) and not holds:
         raise UsageError(f"{flag(name)} {value} has no effect with {why}")

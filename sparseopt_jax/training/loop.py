@@ -247,7 +247,7 @@ class Run:
       }
       if each.last_step == step:  # Stopped between two networks' lines.
         continue
-      lines.append(each.append(own, figures))
+      lines.append(each.measure(own, figures))
     telling.say(telling.epoch_line(lines, self._config.epochs))
     self._save(state, step)
 

@@ -79,17 +79,26 @@ class Layout(abc.ABC):
     """What a checkpoint is read into, given a state's `jax.eval_shape`."""
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
 
-  @abc.abstractmethod
   def compile_train(self, task: step.Task) -> Any:
     """`(state, examples, first, count, update_masks) -> (state, metrics)`.
 
     The old state is given away. `update_masks` is not an array: there is a
     program for each of its values.
     """
+    return self._jit(
+      functools.partial(step.train_steps, task),
+      donate_argnums=0,
+      static_argnums=4,
+      compiler_options=runtime.step_options(),
+    )
 
-  @abc.abstractmethod
   def compile_eval(self, task: step.Task) -> Any:
     """`(state, sums, examples, first, count) -> sums`."""
+    program = self._jit(functools.partial(step.eval_steps, task))
+    return lambda state, *rest: program(state_lib.variables(state), *rest)
+
+  def _jit(self, function: Any, **options: Any) -> Any:
+    return jax.jit(function, **options)
 
   def check_replicas(self, state: TrainState) -> None:
     """Raises RuntimeError unless all replicas hold the same masks."""
@@ -123,20 +132,18 @@ class Single(Layout):
   def put_batch(self, batch: dict[str, np.ndarray]) -> step.Examples:
     return self.put(step.Examples(**batch))
 
-  def compile_train(self, task: step.Task) -> Any:
-    return jax.jit(
-      functools.partial(step.train_steps, task),
-      donate_argnums=0,
-      static_argnums=4,
-      compiler_options=runtime.step_options(),
-    )
 
-  def compile_eval(self, task: step.Task) -> Any:
-    program = jax.jit(functools.partial(step.eval_steps, task))
-    return lambda state, *rest: program(state_lib.variables(state), *rest)
+class _Meshed(Layout):
+  """What layouts over several devices share."""
+
+  _mesh: Mesh
+
+  def _place(self, tree: T, *spec: str | None) -> T:
+    sharding = NamedSharding(self._mesh, PartitionSpec(*spec))
+    return jax.device_put(tree, sharding)
 
 
-class Networks(Layout):
+class Networks(_Meshed):
   """Several networks, shared out over the devices; none sees another.
 
   A group of networks is trained at a time, as many on each device as one step
@@ -152,17 +159,13 @@ class Networks(Layout):
     self.mapped = self._size > len(devices)
     self._mesh = Mesh(np.array(devices), (AXIS,))
 
-  def _place(self, tree: T, spec: PartitionSpec) -> T:
-    return jax.device_put(tree, NamedSharding(self._mesh, spec))
-
   def joined(self, states: Sequence[T]) -> T:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
   def put(self, tree: T) -> Any:
     firsts = range(0, self._networks, self._size)
     groups = [slice(first, first + self._size) for first in firsts]
-    own = PartitionSpec(AXIS)
-    return tuple(self._place(_taken(tree, group), own) for group in groups)
+    return tuple(self._place(_taken(tree, group), AXIS) for group in groups)
 
   def gathered(self, state: Any) -> Any:
     groups = [super(Networks, self).gathered(group) for group in state]
@@ -173,11 +176,11 @@ class Networks(Layout):
     return [_taken(whole, index) for index in range(self._networks)]
 
   def put_arrays(self, image: np.ndarray, label: np.ndarray) -> step.Examples:
-    return self._place(step.Examples(image, label), PartitionSpec())
+    return self._place(step.Examples(image, label))
 
   def put_rows(self, rows: Sequence[np.ndarray]) -> Any:
     if len(rows) == 1:  # The test batches, for all.
-      return self._place(rows[0], PartitionSpec())
+      return self._place(rows[0])
     return self.put(np.stack(rows))
 
   def put_batch(self, batch: dict[str, np.ndarray]) -> step.Examples:
@@ -257,7 +260,7 @@ class Networks(Layout):
     return groups
 
 
-class Replicated(Layout):
+class Replicated(_Meshed):
   """A copy of the state on each device, and a share of the batch: `jax.pmap`.
 
   The state goes in and comes out without a device axis. In several processes
@@ -273,26 +276,23 @@ class Replicated(Layout):
     self._mesh = Mesh(np.array(self._local), (AXIS,))
 
   def put(self, tree: T) -> T:
-    return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec()))
-
-  def _split(self, tree: T) -> T:
-    return jax.device_put(tree, NamedSharding(self._mesh, PartitionSpec(AXIS)))
+    return self._place(tree)
 
   def put_arrays(self, image: np.ndarray, label: np.ndarray) -> step.Examples:
     count = len(self._local)
     copies = [np.broadcast_to(x, (count, *x.shape)) for x in (image, label)]
-    return self._split(step.Examples(*copies))
+    return self._place(step.Examples(*copies), AXIS)
 
   def put_rows(self, rows: Sequence[np.ndarray]) -> Any:
     (whole,) = rows
     own = share(whole.shape[1], jax.process_index(), jax.process_count())
     split = whole[:, own].reshape(len(whole), len(self._local), -1)
-    return self._split(np.moveaxis(split, 1, 0))
+    return self._place(np.moveaxis(split, 1, 0), AXIS)
 
   def put_batch(self, batch: dict[str, np.ndarray]) -> step.Examples:
     count = len(self._local)
     split = {k: x.reshape(count, -1, *x.shape[1:]) for k, x in batch.items()}
-    return self._split(step.Examples(**split))
+    return self._place(step.Examples(**split), AXIS)
 
   def _pmap(self, function: Any, in_axes: Any, **options: Any) -> Any:
     return jax.pmap(
@@ -328,7 +328,7 @@ class Replicated(Layout):
     return self._pmap(find, (None, 0))
 
   def check_replicas(self, state: TrainState) -> None:
-    index = self._split(np.arange(len(self._local)))
+    index = self._place(np.arange(len(self._local)), AXIS)
     low, high = jax.device_get(self._checksum_range(state.opt_state, index))
     if low != high:
       raise RuntimeError(
@@ -337,7 +337,7 @@ class Replicated(Layout):
       )
 
 
-class Sharded(Layout):
+class Sharded(_Meshed):
   """Each large array split over the devices, and the batch too: `jax.jit`.
 
   An array is split along its longest axis that the number of devices divides;
@@ -371,13 +371,10 @@ class Sharded(Layout):
     return jax.device_put(tree, shardings)
 
   def put_arrays(self, image: np.ndarray, label: np.ndarray) -> step.Examples:
-    return self._place(step.Examples(image, label), PartitionSpec())
+    return self._place(step.Examples(image, label))
 
   def put_rows(self, rows: Sequence[np.ndarray]) -> Any:
-    return self._place(self.joined(rows), PartitionSpec(None, AXIS))
-
-  def _place(self, tree: T, spec: PartitionSpec) -> T:
-    return jax.device_put(tree, NamedSharding(self._mesh, spec))
+    return self._place(self.joined(rows), None, AXIS)
 
   def put_batch(self, batch: dict[str, np.ndarray]) -> step.Examples:
     sharding = NamedSharding(self._mesh, PartitionSpec(AXIS))
@@ -388,18 +385,6 @@ class Sharded(Layout):
       }
     )
 
-  def compile_train(self, task: step.Task) -> Any:
-    return self._jit(
-      functools.partial(step.train_steps, task),
-      donate_argnums=0,
-      static_argnums=4,
-      compiler_options=runtime.step_options(),
-    )
-
-  def compile_eval(self, task: step.Task) -> Any:
-    program = self._jit(functools.partial(step.eval_steps, task))
-    return lambda state, *rest: program(state_lib.variables(state), *rest)
-
   def _jit(self, function: Any, **options: Any) -> Any:
     def constrained(*args: Any) -> Any:
       return jax.tree.map(
@@ -407,7 +392,7 @@ class Sharded(Layout):
         function(*args),
       )
 
-    return jax.jit(constrained, **options)
+    return super()._jit(constrained, **options)
 
 
 def layout(devices: int, shard_params: bool, networks: int = 1) -> Layout:

@@ -100,6 +100,11 @@ class MetricsLog:
     """Seconds that the run has taken up to the last line."""
     return self.lines[-1]["seconds"] if self.lines else 0.0
 
+  @property
+  def last_step(self) -> int | None:
+    """The step of the last line."""
+    return self.lines[-1]["step"] if self.lines else None
+
   def append(self, line: dict[str, Any]) -> None:
     """Adds one line; it is whole and on the disk when this returns."""
     self.lines.append(line)

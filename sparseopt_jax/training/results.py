@@ -15,7 +15,7 @@ from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.state import TrainState
 
 
-class Results:
+class Results(records.MetricsLog):
   """The files of one network; written by the first process alone.
 
   Args:
@@ -23,10 +23,6 @@ class Results:
     identity: `folder.identity` of this network.
     last_step: Lines of `metrics.jsonl` after it are removed.
     tensorboard: Whether to write event files too.
-
-  Attributes:
-    folder: As given.
-    identity: As given.
   """
 
   def __init__(
@@ -36,34 +32,13 @@ class Results:
     last_step: int,
     tensorboard: bool,
   ) -> None:
-    self.folder = folder
-    self.identity = identity
+    self._folder = folder
+    self._identity = identity
     self._first = jax.process_index() == 0
-    self._log = records.MetricsLog(
-      folder / folder_lib.METRICS, last_step, self._first, tensorboard
-    )
+    file = folder / folder_lib.METRICS
+    super().__init__(file, last_step, self._first, tensorboard)
 
-  @property
-  def lines(self) -> list[dict[str, Any]]:
-    """What is in `metrics.jsonl`."""
-    return self._log.lines
-
-  @property
-  def seconds(self) -> float:
-    """Seconds that the run has taken up to the last line."""
-    return self._log.seconds
-
-  @property
-  def last_step(self) -> int | None:
-    """The step of the last line."""
-    return self._log.lines[-1]["step"] if self._log.lines else None
-
-  @property
-  def best(self) -> dict[str, Any]:
-    """The line of highest test accuracy; of several, the last."""
-    return max(self._log.lines, key=_rank)
-
-  def append(
+  def measure(
     self, state: TrainState, figures: dict[str, Any]
   ) -> dict[str, Any]:
     """Adds a line to `metrics.jsonl`, and returns it.
@@ -80,37 +55,30 @@ class Results:
       "nonfinite_steps": int(state.nonfinite_steps),
       **telling.sparsity_figures(state.opt_state),
     }
-    self._log.append(line)
+    self.append(line)
     return line
 
   def summarise(
     self, state: TrainState, config: Config, command: str
   ) -> dict[str, Any]:
     """Writes `summary.json` and `curves.png`; returns the summary."""
-    lines = self._log.lines
-    last = {k: v for k, v in lines[-1].items() if k != "layers"}
+    last = {k: v for k, v in self.lines[-1].items() if k != "layers"}
+    # Of several that are the best, the last.
+    best = max(self.lines, key=lambda x: (x["test_accuracy"], x["step"]))
     summary = {
       **last,
-      "best_test_accuracy": self.best["test_accuracy"],
-      "best_step": self.best["step"],
+      "best_test_accuracy": best["test_accuracy"],
+      "best_step": best["step"],
       **telling.sparse_counts(state),
       "devices": config.devices,
       "networks": config.networks,
       "processes": jax.process_count(),
       **telling.surroundings(),
       "command": command,
-      "config": self.identity,
+      "config": self._identity,
     }
     if self._first:
-      records.write_json(self.folder / folder_lib.SUMMARY, summary)
-      image = plots.curves(lines)
-      records.write_bytes(self.folder / folder_lib.CURVES, image)
+      records.write_json(self._folder / folder_lib.SUMMARY, summary)
+      image = plots.curves(self.lines)
+      records.write_bytes(self._folder / folder_lib.CURVES, image)
     return summary
-
-  def close(self) -> None:
-    """Closes the event files."""
-    self._log.close()
-
-
-def _rank(line: dict[str, Any]) -> tuple[float, int]:
-  return line["test_accuracy"], line["step"]

@@ -173,19 +173,20 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
     return {"sparsity": 0.0, "itop_rate": 1.0, "dead_neurons": 0, "layers": {}}
   metrics = jax.device_get(_metrics(opt_state))
   figures = {name: value.item() for name, value in metrics.items()}
-  masks = sparseopt_jax.get_masks(opt_state)
-  figures["layers"] = {
-    path: _layer(on_host(mask))
-    for path, mask in zip(
-      _paths.names(masks), jax.tree.leaves(masks), strict=True
-    )
-  }
+  masks = _masks(opt_state).items()
+  figures["layers"] = {path: _layer(mask) for path, mask in masks}
   if isinstance(opt_state, skew.SkewState):
     slopes = skew.figures(opt_state)
     for path, slope in slopes.pop("layers").items():
       figures["layers"][path]["skew_slope"] = slope
     figures |= slopes
   return figures
+
+
+def _masks(opt_state: Any) -> dict[str, np.ndarray]:
+  masks = sparseopt_jax.get_masks(opt_state)
+  values = map(on_host, jax.tree.leaves(masks))
+  return dict(zip(_paths.names(masks), values, strict=True))
 
 
 def _layer(mask: np.ndarray) -> dict[str, float]:
@@ -205,14 +206,10 @@ def sparse_counts(state: TrainState) -> dict[str, Any]:
     return {"parameters": parameters, "density": 1.0}
   size = active = outside = 0
   params = _paths.by_name(state.params)
-  masks = sparseopt_jax.get_masks(state.opt_state)
-  for path, mask in zip(
-    _paths.names(masks), jax.tree.leaves(masks), strict=True
-  ):
-    values = on_host(mask)
-    size += values.size
-    active += np.sum(values).item()
-    outside += np.sum((on_host(params[path]) != 0) & ~values).item()
+  for path, mask in _masks(state.opt_state).items():
+    size += mask.size
+    active += np.sum(mask).item()
+    outside += np.sum((on_host(params[path]) != 0) & ~mask).item()
   return {
     "parameters": parameters,
     "sparse_weights": size,
