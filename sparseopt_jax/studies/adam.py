@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -33,6 +34,7 @@ from sparseopt_jax.training import records
 from sparseopt_jax.training.errors import UsageError
 
 NAME = "adam"
+_TASKS = ("digits", "digits-constant", "text")  # need no data from elsewhere
 AGES = (1, 10, 50)
 _JUMP = {"seeds": 10, "width": 64, "step": 500, "ages": AGES[-1]}
 _COLORS = dict(
@@ -47,15 +49,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
   """Measures what is not there yet, piece by piece.
 
   Returns:
-    `jumps`: {optimiser: {way: [a list of ages for each seed]}}, and `training`:
-    {task: {topology: {rate: {way: what `regrowth.train` returns, as lists}}}}.
+    `jumps`: {optimiser: {way: {age: of each seed, "mean": of each age}}}, and
+    `training`: {task: {topology: {rate: {way: a `summary`}}}}.
   """
   jumps: dict[str, Any] = {}
   for name, (_, ways) in regrowth.OPTIMIZERS.items():
     for way in ways:
       path = _path(args, "jump", name, way)
       found = _piece(path, regrowth.jump, name, way, **_JUMP)
-      jumps.setdefault(name, {})[way] = found
+      ages = {str(age): [seed[age - 1] for seed in found] for age in AGES}
+      ages["mean"] = np.mean(found, axis=0).tolist()
+      jumps.setdefault(name, {})[way] = ages
   training = {name: _measure_task(args, name) for name in args.tasks}
   return {"jumps": jumps, "training": training}
 
@@ -77,7 +81,7 @@ def _measure_task(args: argparse.Namespace, name: str) -> dict[str, Any]:
         size = f"lr{rate:g}", f"{task.steps}steps", f"{seeds}seeds"
         path = _path(args, name, topology, way, *size)
         cell = task, topology, way, seeds, rate, examples
-        ways[way] = _piece(path, regrowth.train, *cell)
+        ways[way] = summary(_piece(path, regrowth.train, *cell))
   return found
 
 
@@ -105,6 +109,30 @@ def _numbers(value: Any) -> Any:
   return math.nan if value is None else value
 
 
+def summary(result: dict[str, Any]) -> dict[str, list[float]]:
+  """What to keep of a piece of training.
+
+  Args:
+    result: What `regrowth.train` returned.
+
+  Returns:
+    For each seed `test_loss`; `test_accuracy`; `first_step`, the training loss
+    after the first step of the grown weights over that before it; `five_steps`,
+    that in `regrowth.AFTER` a mask update over that before it. And `around`,
+    the mean over the seeds.
+  """
+  around = np.array(result["around"])
+  before, first = map(regrowth.AROUND.index, (1, 2))
+  after = list(map(regrowth.AROUND.index, regrowth.AFTER))
+  return {
+    "test_loss": result["test_loss"],
+    "test_accuracy": result["test_accuracy"],
+    "first_step": (around[:, first] / around[:, before]).tolist(),
+    "five_steps": around[:, after].mean(axis=1).tolist(),
+    "around": around.mean(axis=0).tolist(),
+  }
+
+
 # --- Figures of it ------------------------------------------------------------
 
 
@@ -121,12 +149,6 @@ def differences(
   """Of the scores of pairs of a seed."""
   pairs = zip(score(task, result), score(task, other), strict=True)
   return [x - y for x, y in pairs]
-
-
-def loss_ratios(result: dict[str, Any]) -> list[float]:
-  """Loss in `regrowth.AFTER` a mask update over that before it, by seed."""
-  after = [regrowth.AROUND.index(i) for i in regrowth.AFTER]
-  return [statistics.fmean(each[i] for i in after) for each in result["around"]]
 
 
 def best_rate(task: str, rates: dict[str, Any], way: str) -> str:
@@ -153,9 +175,11 @@ def table(raw: dict[str, Any]) -> str:
       "At the best learning rate of each way: test accuracy in %, or bits per "
       "character with a minus,\nand the difference to zero in pairs\n"
       + metrics.aligned(_best_rows(raw["training"])),
-      "At each learning rate: the same, and the training loss after a mask "
-      "update over that before it\n"
-      + metrics.aligned(_rate_rows(raw["training"])),
+      "At each learning rate: the same\n"
+      + metrics.aligned(_score_rows(raw["training"])),
+      "Training loss: after the first step of the grown weights over before "
+      "it; in five steps after a\nmask update over five before it\n"
+      + metrics.aligned(_loss_rows(raw["training"])),
     ]
   )
 
@@ -164,7 +188,7 @@ def _jump_rows(jumps: dict[str, Any]) -> list[list[str]]:
   rows = [["optimiser", "way", *(f"step {age}" for age in AGES)]]
   for name, ways in jumps.items():
     for way, found in ways.items():
-      cells = [_cell([seed[age - 1] for seed in found], 2) for age in AGES]
+      cells = [_cell(found[str(age)], 2) for age in AGES]
       rows.append([name, way, *cells])
   return rows
 
@@ -183,21 +207,38 @@ def _best_rows(training: dict[str, Any]) -> list[list[str]]:
   return rows
 
 
-def _rate_rows(training: dict[str, Any]) -> list[list[str]]:
-  others = regrowth.WAYS[1:]
-  header = ["task", "topology", "rate", regrowth.ZERO, *others]
-  rows = [[*header, *(f"loss, {way}" for way in regrowth.WAYS)]]
+def _score_rows(training: dict[str, Any]) -> list[list[str]]:
+  rows = [["task", "topology", "rate", *regrowth.WAYS]]
+  for task, topology, rate, ways in _cells(training):
+    zero, digits = ways[regrowth.ZERO], _digits(task)
+    changes = [
+      _cell(differences(task, ways[way], zero), digits, "+")
+      for way in regrowth.WAYS[1:]
+    ]
+    first = _cell(score(task, zero), digits)
+    rows.append([task, topology, rate, first, *changes])
+  return rows
+
+
+def _loss_rows(training: dict[str, Any]) -> list[list[str]]:
+  header = ["task", "topology", "rate"]
+  header += [f"first step, {way}" for way in regrowth.WAYS]
+  rows = [[*header, *(f"five, {way}" for way in regrowth.WAYS)]]
+  for task, topology, rate, ways in _cells(training):
+    cells = [
+      _cell(ways[way][figure], 2)
+      for figure in ("first_step", "five_steps")
+      for way in regrowth.WAYS
+    ]
+    rows.append([task, topology, rate, *cells])
+  return rows
+
+
+def _cells(training: dict[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
   for task, topologies in training.items():
     for topology, rates in topologies.items():
       for rate, ways in rates.items():
-        zero, digits = ways[regrowth.ZERO], _digits(task)
-        cells = [_cell(score(task, zero), digits)]
-        for way in others:
-          change = differences(task, ways[way], zero)
-          cells.append(_cell(change, digits, "+"))
-        losses = [_cell(loss_ratios(ways[way]), 2) for way in regrowth.WAYS]
-        rows.append([task, topology, rate, *cells, *losses])
-  return rows
+        yield task, topology, rate, ways
 
 
 def figure(raw: dict[str, Any]) -> Figure:
@@ -213,15 +254,15 @@ def figure(raw: dict[str, Any]) -> Figure:
   ):
     _plot_around(column[0], task, topologies["RigL"])
     _plot_differences(column[1], task, topologies)
+  axes[1, -1].legend(handlelength=3.5)
   return result
 
 
 def _plot_ages(axis: Axes, ways: dict[str, Any]) -> None:
   axis.set_title("Adam: steps of grown over old weights")
   for way, found in ways.items():
-    mean = np.mean(found, axis=0)
-    ages = np.arange(1, mean.size + 1)
-    axis.plot(ages, mean, color=_COLORS[way], label=way)
+    ages = range(1, len(found["mean"]) + 1)
+    axis.plot(ages, found["mean"], color=_COLORS[way], label=way)
   axis.axhline(1, color="black", lw=0.8)
   axis.set_yscale("log")
   _plain_ticks(axis, (0.5, 1, 2, 5, 10))
@@ -233,7 +274,7 @@ def _plot_jumps(axis: Axes, jumps: dict[str, Any]) -> None:
   axis.set_title("First step of grown over old weights")
   for y, ways in enumerate(jumps.values()):
     for way, found in ways.items():
-      mean, half = report.interval([seed[0] for seed in found])
+      mean, half = report.interval(found["1"])
       axis.errorbar(mean, y, xerr=half, fmt="o", color=_COLORS[way])
   axis.set_yticks(range(len(jumps)), list(jumps))
   axis.invert_yaxis()
@@ -248,10 +289,9 @@ def _plot_around(axis: Axes, task: str, rates: dict[str, Any]) -> None:
   rate = best_rate(task, rates, regrowth.ZERO)
   axis.set_title(f"{task}, RigL, rate {rate}: loss")
   for way, result in rates[rate].items():
-    mean = np.mean(result["around"], axis=0)
-    axis.plot(regrowth.AROUND, mean, color=_COLORS[way], label=way)
+    axis.plot(regrowth.AROUND, result["around"], color=_COLORS[way])
   axis.axvline(0, color="black", lw=0.8)
-  axis.set_xlabel("steps since a mask update; before it: 1")
+  axis.set_xlabel("steps since a mask update; 1: mean before")
 
 
 def _plot_differences(
@@ -259,28 +299,28 @@ def _plot_differences(
 ) -> None:
   unit = "bits saved" if regrowth_tasks.TASKS[task].is_text else "points"
   axis.set_title(f"{task}: gain on zero, {unit}")
-  for topology, style in zip(topologies, ("-", "--"), strict=True):
+  pairs = list(itertools.product(topologies, regrowth.WAYS[1:]))
+  for i, (topology, way) in enumerate(pairs):
     rates = topologies[topology]
-    for way in regrowth.WAYS[1:]:
-      found = [
-        report.interval(differences(task, ways[way], ways[regrowth.ZERO]))
-        for ways in rates.values()
-      ]
-      mean, half = np.transpose(found)
-      axis.errorbar(
-        [float(rate) for rate in rates],
-        mean,
-        yerr=half,
-        ls=style,
-        marker="o",
-        ms=4,
-        color=_COLORS[way],
-        label=f"{way}, {topology}",
-      )
+    gains = [
+      report.interval(differences(task, ways[way], ways[regrowth.ZERO]))
+      for ways in rates.values()
+    ]
+    mean, half = np.transpose(gains)
+    shift = 1.06 ** (i - 1.5)  # Bars side by side.
+    axis.errorbar(
+      [float(rate) * shift for rate in rates],
+      mean,
+      yerr=half,
+      ls="-" if topology == "RigL" else "--",
+      marker="o",
+      ms=4,
+      color=_COLORS[way],
+      label=f"{way}, {topology}",
+    )
   axis.axhline(0, color=_COLORS[regrowth.ZERO], lw=1)
   axis.set_xscale("log")
   axis.set_xlabel("peak of the learning rate")
-  axis.legend(fontsize=8)
 
 
 def _plain_ticks(axis: Axes, ticks: Sequence[float]) -> None:
@@ -301,6 +341,8 @@ def study(args: argparse.Namespace, command: str) -> None:
     value = getattr(args, flag)
     if value is not None and value < least:
       raise UsageError(f"--{flag} must be at least {least}, got {value}")
+  if not all(0 < rate < math.inf for rate in args.rates or ()):
+    raise UsageError(f"--rates must be finite and above 0, got {args.rates}")
   report.make(args.out / "pieces")
   raw = measure(args)
   with matplotlib.rc_context(plots.STYLE):
@@ -317,7 +359,7 @@ def main(arguments: Sequence[str]) -> int:
     "--tasks",
     nargs="+",
     choices=list(regrowth_tasks.TASKS),
-    default=list(regrowth_tasks.TASKS),
+    default=list(_TASKS),
     help="what to train (default: %(default)s)",
   )
   parser.add_argument("--data-dir", help="folder of TensorFlow Datasets")
