@@ -15,6 +15,7 @@ NAMES = (
   "convergence",
   "ablations",
   "topologies",
+  "adam",
   "paper-tables",
 )
 _USAGE = f"""usage: python -m sparseopt_jax.studies NAME [FLAGS]
