@@ -111,9 +111,9 @@ def sparsify(
   Adam corrects for a second moment of 0 only at the beginning of training, so
   the first step of a grown weight is large: with noise gradients 11 times the
   mean step of old weights after 500 steps, in the end 17 times. In small
-  networks that helped at learning rates below the best one, and above it, under
-  RigL, could cost. A loss that nearly doubles after each mask update says that
-  the rate is too large.
+  networks that helped at learning rates below the best one. Under RigL it cost
+  up to half a point at the best one and more above it. A loss that jumps after
+  each mask update says that the rate is too large.
 
   What should see the dense gradient stands in a chain in front:
   ``optax.chain(optax.clip(1.0), sparsify(...))``. What scales updates or mixes

@@ -255,7 +255,7 @@ TASKS = {
     seeds=5,
     rates=(0.003, 0.01, 0.03, 0.1),
   ),
-  # Not among the results yet.
+  # Needs data from elsewhere.
   "fashion_mnist": _images(
     "fashion_mnist",
     inputs=784,
