@@ -107,25 +107,19 @@ def _search(block: Block, keys: Any, n: Array, limit: Any) -> _Interval:
 
 
 def select(
-  block: Block,
-  values: Array,
-  eligible: Array,
-  n: Array,
-  *,
-  is_largest: bool,
-  key: Array | None = None,
+  block: Block, values: Array, eligible: Array, n: Array, key: Any = None
 ) -> Array:
-  """Selects the ``n`` of smallest or largest magnitude in each layer.
+  """Selects the ``n`` of smallest magnitude in each layer; with a key, largest.
 
-  Ties go to the lowest row-major index; NaN comes last.
+  Ties go to the lowest row-major index, but among the largest those of zeros
+  are broken at random; NaN comes last.
 
   Args:
     block: The layers.
     values: Floats.
     eligible: Bools.
     n: int32 of shape (slots,), at most the number of eligible values.
-    is_largest: If not, the smallest.
-    key: If given, ties among zeros are broken at random, as `at_random` does.
+    key: For the largest; as for `at_random`.
 
   Returns:
     Bools, exactly ``n`` of a layer true.
@@ -135,11 +129,11 @@ def select(
   bits = magnitude_bits(values)
   top = magnitude_bits(jnp.asarray(jnp.inf, values.dtype))
   # 0 is not eligible, 1 is NaN, 2 is zero (or infinity), and so on.
-  rank = jnp.where(bits > top, 1, (bits if is_largest else top - bits) + 2)
+  rank = jnp.where(bits > top, 1, (top - bits if key is None else bits) + 2)
   rank = jnp.where(eligible, rank, 0)
   found = _search(block, lambda: rank, n, top + 2)
   low, end = block.spread(found.low), block.spread(block.rooms)
-  limit, are_zeros = block.rooms, found.low == (2 if is_largest else top + 2)
+  limit, are_zeros = block.rooms, found.low == 2
   if key is not None:
     limit = jnp.where(are_zeros, np.uint32(_MAX_ORDER + 1), limit)
 
@@ -236,7 +230,7 @@ def keep_largest(
   def one(block: Block, values: Array, mask: Array) -> Array:
     active, _ = block.counts([mask, ~mask])
     excess = jnp.maximum(active - block.take(counts), 0)
-    return mask & ~select(block, values, mask, excess, is_largest=False)
+    return mask & ~select(block, values, mask, excess)
 
   shapes = [x.shape for x in values]
   return _packing.by_block(one, shapes, stacked, values, masks)
@@ -255,8 +249,7 @@ def pick_largest(
   """
 
   def one(block: Block, values: Array) -> Array:
-    eligible, n = block.is_layer(), block.take(counts)
-    return select(block, values, eligible, n, is_largest=True, key=key)
+    return select(block, values, block.is_layer(), block.take(counts), key)
 
   shapes = [x.shape for x in values]
   return _packing.by_block(one, shapes, stacked, values)
@@ -280,12 +273,11 @@ def drop_and_grow(
   def one(block: Block, mask: Array, drop: Array, *grow: Array) -> Array:
     active, _ = block.counts([mask, ~mask])
     n = num_dropped(active)
-    kept = mask & ~select(block, drop, mask, n, is_largest=False)
+    kept = mask & ~select(block, drop, mask, n)
     free = ~kept & block.is_layer()
     if not grow:
       return kept | at_random(block, free, n, key)
-    (scores,) = grow
-    return kept | select(block, scores, free, n, is_largest=True, key=key)
+    return kept | select(block, grow[0], free, n, key)
 
   masks, stacked = [x.mask for x in layers], [x.stacked for x in layers]
   columns = [masks, drop] if grow is None else [masks, drop, grow]

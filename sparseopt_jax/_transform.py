@@ -1,6 +1,5 @@
 """The link of the chain: holds the masks and corrects the gradient."""
 
-from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -39,19 +38,15 @@ def _key_data(seed: Any) -> jax.Array:
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
-def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
+def _all_finite(tree: Any) -> jax.Array:
+  is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", float), jnp.inexact)
+  floats = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_float(x)]
   # All small ones of a dtype at once: each reduction takes its time to compile.
-  small: dict[Any, list[jax.Array]] = {}
-  arrays = []
-  for gradient in gradients:
-    if not jnp.issubdtype(getattr(gradient, "dtype", float), jnp.inexact):
-      continue
-    gradient = jnp.asarray(gradient)
-    if gradient.size > 1 << 16:
-      arrays.append(gradient)
-    else:
-      small.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
-  arrays += [jnp.concatenate(group) for group in small.values()]
+  small = [x for x in floats if x.size <= 1 << 16]
+  arrays = [x for x in floats if x.size > 1 << 16]
+  for dtype in dict.fromkeys(x.dtype for x in small):
+    alike = [x.reshape(-1) for x in small if x.dtype == dtype]
+    arrays.append(jnp.concatenate(alike))
   # A maximum passes NaN on, and is faster on a CPU than a conjunction.
   largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
   return jnp.all(jnp.stack([jnp.isfinite(x) for x in largest]))
@@ -224,12 +219,18 @@ def sparseopt(
     first = _masks.as_tree(params, layers, [x.mask for x in layers])
     factors: Any = tuple(x.factor for x in layers)
     kept: Any = tuple(map(topology.init, layers))
-    if not layers:
+    if not layers:  # There, an array stands for a tuple of any length.
       factors = kept = jnp.zeros([])
-    counts, updated = jnp.zeros([2], jnp.int32), jnp.zeros([], jnp.bool_)
-    explored = () if is_static else _state.explored_at_first(first)
-    trees = (first, explored, factors, kept)
-    return SparseOptState._make((*counts, updated, _key_data(seed), *trees))
+    return SparseOptState(
+      count=jnp.zeros([], jnp.int32),
+      skipped=jnp.zeros([], jnp.int32),
+      updated=jnp.zeros([], jnp.bool_),
+      key=_key_data(seed),
+      masks=first,
+      explored=() if is_static else _state.explored_at_first(first),
+      factors=factors,
+      topology_state=kept,
+    )
 
   def layers_of(params: Any, state: SparseOptState, grads: Any) -> list[Layer]:
     """The sparse leaves with all that belongs to them."""
@@ -274,6 +275,7 @@ def sparseopt(
       due = due if update_masks is None else bool(update_masks)
       body = lambda new: _sharding.lay_out_freely(change, new, params, updates)
       new = _lax.once(due, body, new)
+    # One after the other, as map_sparse comes to their masks.
     scaled = iter(_correction.rescale(x.gradient, x.factor) for x in layers)
     updates = _state.map_sparse(lambda *_: next(scaled), new.masks, updates)
     # A weight that is dropped or grown in this call makes no step.
@@ -282,7 +284,7 @@ def sparseopt(
 
   def change(state: SparseOptState, params: Any, grads: Any) -> SparseOptState:
     """New masks, if all gradients are finite; else the state counts it."""
-    finite = _all_finite(jax.tree.leaves((grads, state.topology_state)))
+    finite = _all_finite((grads, state.topology_state))
     skipped = state.skipped + (~finite).astype(jnp.int32)
     layers = layers_of(params, state, grads)
     new_masks = functools.partial(_new_masks, topology, layers)

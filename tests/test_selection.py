@@ -34,9 +34,8 @@ def select(name, layers, eligible, n, key, stacked=None):
     allowed &= block.is_layer()
     if name == "at_random":
       return _selection.at_random(block, allowed, wanted, key)
-    is_largest = name == "largest"
-    options = {"is_largest": is_largest, "key": key if is_largest else None}
-    return _selection.select(block, values, allowed, wanted, **options)
+    key_of_largest = key if name == "largest" else None
+    return _selection.select(block, values, allowed, wanted, key_of_largest)
 
   shapes = [layer.shape for layer in layers]
   stacked = stacked or (0,) * len(shapes)
