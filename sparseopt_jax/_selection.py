@@ -133,17 +133,15 @@ def select(
   rank = jnp.where(eligible, rank, 0)
   found = _search(block, lambda: rank, n, top + 2)
   low, end = block.spread(found.low), block.spread(block.rooms)
-  limit, are_zeros = block.rooms, found.low == 2
+  in_order = lambda: end - block.position()
+  order, limit = in_order, block.rooms
   if key is not None:
+    are_zeros = found.low == 2
     limit = jnp.where(are_zeros, np.uint32(_MAX_ORDER + 1), limit)
-
-  def ties() -> Array:
-    order = end - block.position()
-    if key is not None:
-      by_chance = block.spread(are_zeros)
-      order = jnp.where(by_chance, _random_keys(block, key), order)
-    return jnp.where(rank == low, order, 0)
-
+    order = lambda: jnp.where(
+      block.spread(are_zeros), _random_keys(block, key), in_order()
+    )
+  ties = lambda: jnp.where(rank == low, order(), 0)
   # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
   wanted = jnp.where(tied, n - found.reach_high, block.rooms.astype(jnp.int32))
