@@ -16,10 +16,12 @@ of neurons :math:`n_{out}` and the layer's active weights
 with length 1 on every axis that is not a neuron axis, so that they broadcast.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparseopt_jax import _lax
 from sparseopt_jax._numbers import check, check_type, is_int
@@ -38,21 +40,33 @@ def input_axes(ndim: int, output_axis: Axes, path: str = "mask") -> tuple:
   return tuple(axis for axis in range(ndim) if axis not in outputs)
 
 
-def factors(fan_in: jax.Array, nnz: jax.Array) -> jax.Array:
+# Traced once for each shape and not for each layer.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def factors(
+  mask: jax.Array, axes: tuple, stacked: int = 0, corrected: bool = True
+) -> jax.Array:
   """sqrt(f_i n_out / nnz) of each neuron, in float32.
 
   Counts stay integers until the last step: equal fan-ins give exactly 1.
 
   Args:
-    fan_in: int32; the neurons of a layer lie along the last axes.
-    nnz: The sum of each layer's fan-ins, over those axes; int32.
+    mask: Bools.
+    axes: The inputs of a neuron lie along these.
+    stacked: How many leading axes enumerate layers.
+    corrected: If not, only whether each neuron has an active weight; bools.
   """
-  neurons = math.prod(fan_in.shape[nnz.ndim :])
-  nnz = jnp.expand_dims(nnz, range(nnz.ndim, fan_in.ndim))
-  share = fan_in * neurons
+  fan_in, rest = _lax.sums([mask, ~mask], axes)
+  neuron_axes = range(stacked, fan_in.ndim)
+  nnz, all_rest = _lax.sums([fan_in, rest], neuron_axes)
+  # This adds 0. Were the active weights all that is used, counting them would
+  # be slow.
+  nnz = jnp.expand_dims(nnz + jnp.minimum(all_rest, 0), neuron_axes)
+  share = fan_in * math.prod(fan_in.shape[stacked:])
   ratio = share.astype(jnp.float32) / jnp.maximum(nnz, 1).astype(jnp.float32)
   # Division is not correctly rounded on every accelerator.
-  return jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
+  factor = jnp.where((share == nnz) & (nnz > 0), 1.0, jnp.sqrt(ratio))
+  factor = jnp.expand_dims(factor, axes)
+  return factor if corrected else factor > 0
 
 
 def rescale(gradient: jax.Array, factor: jax.Array) -> jax.Array:
@@ -62,7 +76,8 @@ def rescale(gradient: jax.Array, factor: jax.Array) -> jax.Array:
   """
   if factor.dtype == jnp.bool_:
     return gradient
-  wide = _lax.wide_dtype(gradient.dtype)
+  # JAX's own promotion refuses this where it is set to "strict".
+  wide = np.promote_types(gradient.dtype, np.float32)
   return (gradient.astype(wide) * factor.astype(wide)).astype(gradient.dtype)
 
 
@@ -161,8 +176,6 @@ def correct(
   check_type(is_float, "gradient must hold floats", gradient.dtype)
   rule = f"mask must have the gradient's shape {gradient.shape}"
   check(gradient.shape == mask.shape, rule, mask.shape)
-  axes = input_axes(mask.ndim, output_axis)
-  fan_in = jnp.sum(mask, axis=axes, dtype=jnp.int32)
-  factor = factors(fan_in, jnp.sum(fan_in, dtype=jnp.int32))
-  scaled = rescale(gradient, jnp.expand_dims(factor, axes))
+  factor = factors(mask, input_axes(mask.ndim, output_axis))
+  scaled = rescale(gradient, factor)
   return jnp.where(mask, scaled, jnp.zeros_like(scaled))

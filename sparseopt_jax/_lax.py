@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -10,14 +11,6 @@ from jax import Array
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
-
-
-def wide_dtype(dtype: Any) -> np.dtype:
-  """The dtype of floats itself, or float32 if that is wider.
-
-  By NumPy's promotion, since JAX's refuses this where it is set to "strict".
-  """
-  return np.promote_types(dtype, np.float32)
 
 
 def linear_index(shape: tuple[int, ...]) -> Array:
@@ -28,25 +21,24 @@ def linear_index(shape: tuple[int, ...]) -> Array:
   return sum((stride * iota(i) for i, stride in enumerate(strides)), start)
 
 
-def counts(conditions: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-  """How often each of some bool arrays of one shape is true, over ``axes``."""
-  return sums([c.astype(jnp.int32) for c in conditions], axes)
-
-
-def sums(values: Sequence[Array], axes: Sequence[int]) -> list[Array]:
-  """The sum of each of some int32 arrays of one shape, over ``axes``.
+def sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+  """The sum of each of some arrays of one shape, over ``axes``; int32.
 
   One variadic reduction reads its operands once for all sums. XLA on a CPU
   turns a sum of one array, which is what remains if only one sum is used, into
   a tree of sums, with four bytes of memory for each element; over the last axis
   that takes several times longer too.
+
+  Args:
+    arrays: Bools, which are counted, or int32.
+    axes: What to sum over.
   """
-  return lax.reduce(tuple(values), (np.int32(0),) * len(values), _add, axes)
+  operands = tuple(array.astype(jnp.int32) for array in arrays)
+  return lax.reduce(operands, (np.int32(0),) * len(operands), _add, axes)
 
 
 # At module level, since JAX traces a function that it knows only once.
-def _add(a: tuple, b: tuple) -> tuple:
-  return tuple(x + y for x, y in zip(a, b, strict=True))
+_add = lambda a, b: tuple(map(operator.add, a, b))
 
 
 def once(predicate: Any, body: Callable[[Any], Any], operand: Any) -> Any:

@@ -1,6 +1,6 @@
 """Which leaves of the parameters are sparse, and their first masks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import contextlib
 import re
 from typing import Any, NamedTuple
@@ -44,28 +44,43 @@ class Options(NamedTuple):
   output_axis: Any = None
 
 
-def plan(params: optax.Params, options: Options) -> list[Layer]:
-  """The sparse leaves of parameters, with the masks that were given for them.
+def planner(options: Options) -> Callable[[optax.Params], list[Layer]]:
+  """A function that finds the sparse leaves of parameters.
+
+  It plans once for parameters of one structure, and not in each trace. What it
+  remembers of them, the last ones, holds no arrays.
 
   Errors are those of :func:`sparseopt_jax.sparseopt`.
   """
+  last: tuple[Any, list[Layer]] = (None, [])
+
+  def sparse_leaves(params: optax.Params) -> list[Layer]:
+    nonlocal last
+    found = last  # Another thread may trace as well.
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    kind = jax.tree.structure(shapes), jax.tree.leaves(shapes)
+    if found[0] != kind:
+      last = found = kind, _plan(params, kind[1], options)
+    leaves = jax.tree.leaves(params)
+    return [x._replace(weight=leaves[x.place]) for x in found[1]]
+
+  return sparse_leaves
+
+
+def _plan(params: optax.Params, shapes: list, options: Options) -> list[Layer]:
+  """The sparse leaves, with shapes for weights and without masks."""
+  names, values = _paths.names(params), jax.tree.leaves(params)
   stacks = _resolve("stacked", options.stacked, params)
   check(min(stacks, default=0) >= 0, "stacked must be >= 0", options.stacked)
-  scaled = _resolve("corrected", options.corrected, params)
-  values = dict(zip(_paths.names(params), jax.tree.leaves(params), strict=True))
-  given, axis = _given(options.masks, values), options.output_axis
+  corrected = _resolve("corrected", options.corrected, params)
+  given = _given(options.masks, dict(zip(names, shapes, strict=True)))
   layers = []
-  for i, name in _choose(options.sparse, given, params, stacks):
-    value, stack = values[name], stacks[i]
-    ndim = jnp.ndim(value) - stack
-    named = axis(name, value) if callable(axis) else axis
-    if axis is None:
-      named = (-2, -1) if ndim == 3 and _HEADS.search(name) else -1
-    axes = _correction.input_axes(ndim, named, name)
-    axes = tuple(stack + axis for axis in axes)
-    target = np.zeros(jnp.shape(value)[:stack], np.int32)
-    static = (name, i, stack, axes, target, bool(scaled[i]))
-    layers.append(Layer(*static, weight=value, mask=given.get(name)))
+  for i in _choose(options.sparse, given, params, shapes, stacks):
+    name, stack = names[i], stacks[i]
+    axes = _input_axes(options.output_axis, name, values[i], stack)
+    target = np.zeros(shapes[i].shape[:stack], np.int32)  # Filled in below.
+    static = (name, i, stack, axes, target, bool(corrected[i]))
+    layers.append(Layer(*static, weight=shapes[i]))
   is_off = is_bool(options.corrected) and not options.corrected
   rule = f"corrected must be False or choose some of {[x.path for x in layers]}"
   check(is_off or any(x.corrected for x in layers), rule, options.corrected)
@@ -101,23 +116,24 @@ def _given(masks: Any, leaves: dict[str, Any]) -> dict[str, Any]:
     dtype = getattr(mask, "dtype", type(mask))
     is_mask = dtype in (jnp.bool_, jnp.uint8)
     check_type(is_mask, f"masks must hold bools at {name!r}", dtype)
-    shape = jnp.shape(leaves[name]) if name in leaves else None
+    shape = leaves[name].shape if name in leaves else None
     rule = f"masks must be as the parameters, of shape {shape} at {name!r}"
     check(mask.shape == shape, rule, mask.shape)
     found[name] = mask
   return found
 
 
-def _choose(rule: Any, given: dict, params: Any, stacks: list) -> list[tuple]:
-  """The sparse leaves: as given masks say, and else as the rule says."""
+def _choose(
+  rule: Any, given: dict, params: Any, shapes: list, stacks: list
+) -> list[int]:
+  """The places of sparse leaves: as given masks say, and else as rules say."""
   names = _paths.names(params)
-  leaves = jax.tree.leaves(jax.eval_shape(lambda tree: tree, params))
   if rule is None:
     # A module whose class says so is a table, whatever its name.
     is_table = lambda node: type(node).__name__ in ("Embed", "Embedding")
     drop = lambda node: None if is_table(node) else node
     others = set(_paths.names(jax.tree.map(drop, params, is_leaf=is_table)))
-    kernels = map(_is_kernel, names, leaves, stacks)
+    kernels = map(_is_kernel, names, shapes, stacks)
     chosen = [k and n in others for k, n in zip(kernels, names, strict=True)]
   else:
     chosen = _resolve("sparse", rule, params)
@@ -129,11 +145,21 @@ def _choose(rule: Any, given: dict, params: Any, stacks: list) -> list[tuple]:
       check(rule is None or has_mask == chosen[i], text, chosen[i])
     if has_mask if name in given else chosen[i]:
       check(names.count(name) == 1, "sparse must choose different paths", name)
-      _check_leaf(name, leaves[i], stacks[i])
-      found.append((i, name))
+      _check_leaf(name, shapes[i], stacks[i])
+      found.append(i)
   text = "sparse must choose a leaf, by default kernels: two axes longer than 1"
   check(found, f"{text}, no name of a bias, scale or embedding", names)
   return found
+
+
+def _input_axes(rule: Any, name: str, leaf: Any, stack: int) -> tuple:
+  """The axes of a leaf along which a neuron's inputs lie."""
+  ndim = jnp.ndim(leaf) - stack
+  named = rule(name, leaf) if callable(rule) else rule
+  if rule is None:
+    named = (-2, -1) if ndim == 3 and _HEADS.search(name) else -1
+  axes = _correction.input_axes(ndim, named, name)
+  return tuple(stack + axis for axis in axes)
 
 
 def _is_kernel(name: str, leaf: Any, stack: int) -> bool:
@@ -168,25 +194,28 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
   for leaf in layers:
     for index in np.ndindex(leaf.target.shape):
       name = leaf.path + (str([*index]) if index else "")
-      shapes[name] = jnp.shape(leaf.weight)[leaf.stacked :]
+      shapes[name] = leaf.weight.shape[leaf.stacked :]
       places[name] = leaf.target, index
-  for name, n in _distributions.active_counts(shapes, *options[:2]).items():
+  how = options.sparsity, options.distribution
+  for name, n in _distributions.active_counts(shapes, *how).items():
     target, index = places[name]
     target[index] = n
+  for leaf in layers:
+    leaf.target.flags.writeable = False  # A plan is used more than once.
 
 
 def with_masks(
-  topology: Topology, key: jax.Array, layers: Sequence[Layer]
+  layers: Sequence[Layer], given: Any, topology: Topology, key: jax.Array
 ) -> list[Layer]:
   """The layers with their first masks: given, or as the topology says."""
-  masks = {layer.path: layer.mask for layer in layers}
-  left = [layer for layer in layers if layer.mask is None]
+  masks = _paths.by_name(given)
+  left = [layer for layer in layers if layer.path not in masks]
   if left:
     first = topology.first_masks(left, key)
     masks |= dict(zip([layer.path for layer in left], first, strict=True))
   # Copied, since the state may be donated and given masks are the user's own.
-  place = lambda x: _sharding.place(jnp.array(masks[x.path], bool), x.weight)
-  return [layer._replace(mask=place(layer)) for layer in layers]
+  copy = lambda x: _sharding.place(jnp.array(masks[x.path], bool), x.weight)
+  return [layer._replace(mask=copy(layer)) for layer in layers]
 
 
 def as_tree(params: Any, layers: Sequence[Layer], values: Iterable[Any]) -> Any:
@@ -244,7 +273,7 @@ def magnitude_masks(
 
   .. seealso:: :func:`sparseopt_jax.get_masks`
   """
-  layers = plan(params, Options(sparsity, distribution, sparse, stacked))
+  layers = planner(Options(sparsity, distribution, sparse, stacked))(params)
   stacks = [layer.stacked for layer in layers]
 
   def keep(weights: Any) -> Any:

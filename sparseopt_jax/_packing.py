@@ -35,53 +35,46 @@ class Block(NamedTuple):
   """
 
   shape: Shape  # of the array
-  layers: Array  # (slots,), int32; which layers these are, among all
-  sizes: Array  # (slots,), int32; the weights of each
-  rooms: Array  # (slots,), int32; its elements, with those behind it
-  slots: Array  # (rows,), int32; the slot that each row belongs to
+  layers: Array  # (slots,), uint32; which layers these are, among all
+  sizes: Array  # (slots,), uint32; the weights of each
+  rooms: Array  # (slots,), uint32; its elements, with those behind it
+  slots: Array  # (rows,), uint32; the slot that each row belongs to
   starts: Array  # (rows,), uint32; the position of each row in its layer
 
   def take(self, per_layer: Array) -> Array:
     """What these layers have, out of all; along the first axis."""
-    return _look_up(per_layer, self.layers)
+    return per_layer.at[self.layers].get(mode="promise_in_bounds")
 
   def spread(self, per_slot: Array) -> Array:
     """A value of each layer, shaped to broadcast against the array."""
-    return self._along_rows(_look_up(per_slot, self.slots))
+    per_row = per_slot.at[self.slots].get(mode="promise_in_bounds")
+    return jnp.expand_dims(per_row, range(1, len(self.shape)))
 
   def counts(self, conditions: Sequence[Array]) -> list[Array]:
-    """`_lax.counts` in each layer; of shape (slots,)."""
-    slots = jnp.arange(self.sizes.size, dtype=jnp.int32)[:, None]
+    """How often each of some bool arrays is true in each layer; (slots,)."""
+    slots = jnp.arange(self.sizes.size, dtype=jnp.uint32)[:, None]
     mine = slots == self.slots[None]
-    per_row = _lax.counts(conditions, range(1, len(self.shape)))
+    per_row = _lax.sums(conditions, range(1, len(self.shape)))
     return _lax.sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
 
   def position(self) -> Array:
     """The row-major position of each element in its layer; uint32."""
-    index = jnp.expand_dims(_lax.linear_index(self.shape[1:]), 0)
-    return self._along_rows(self.starts) + index
+    starts = jnp.expand_dims(self.starts, range(1, len(self.shape)))
+    return starts + _lax.linear_index(self.shape[1:])[None]
 
   def is_layer(self) -> Array:
     """False behind a layer."""
-    return self.position() < self.spread(self.sizes.astype(jnp.uint32))
-
-  def _along_rows(self, per_row: Array) -> Array:
-    return jnp.expand_dims(per_row, range(1, len(self.shape)))
-
-
-def _look_up(table: Array, index: Array) -> Array:
-  """Entries of a table; without programs for indices that do not occur."""
-  options: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
-  return table.at[index].get(**options)
+    return self.position() < self.spread(self.sizes)
 
 
 class _Leaf(NamedTuple):
-  """Layers of one size, stacked in an array."""
+  """Layers of one size, stacked in an array; each begins a row."""
 
   shape: Shape  # of the layers, behind an axis that enumerates them
   first: int  # the number of the first of them, among all
   size: int  # the weights of one
-  height: int  # the rows of one, where it is small
+  width: int  # of a row
+  height: int  # the rows of one
   rows: int  # of all of them
 
 
@@ -100,30 +93,24 @@ def by_block(
   Returns:
     What it gives for each leaf.
   """
-  leaves, first = [], 0
-  for shape, axes in zip(shapes, stacked, strict=True):
+  found, small, first = {}, {}, 0
+  for i, (shape, axes) in enumerate(zip(shapes, stacked, strict=True)):
     number, size = math.prod(shape[:axes]), math.prod(shape[axes:])
-    whole, height = (number, *shape[axes:]), -(-size // _ROW)
-    leaves.append(_Leaf(whole, first, size, height, number * height))
+    is_small = number * size <= _LARGE
+    width = _ROW if is_small else size
+    height = -(-size // width)
+    whole = (number, *shape[axes:])
+    leaf = _Leaf(whole, first, size, width, height, number * height)
     first += number
-  found, small = {}, {}
-  for i, leaf in enumerate(leaves):
-    if math.prod(leaf.shape) <= _LARGE:
+    if is_small:
       small[i] = leaf
     else:
-      arrays = [column[i].reshape(leaf.shape) for column in columns]
-      found[i] = function(_alone(leaf), *arrays)
+      arrays = [column[i].reshape(whole) for column in columns]
+      table = map(jnp.asarray, _table([leaf], number, number))
+      found[i] = function(Block(whole, *table), *arrays)
   if small:
     found |= _in_groups(function, small, columns)
   return [found[i].reshape(shape) for i, shape in enumerate(shapes)]
-
-
-def _alone(leaf: _Leaf) -> Block:
-  """A block of one leaf as it is, a row for each layer."""
-  slots = jnp.arange(leaf.shape[0], dtype=jnp.int32)
-  sizes = jnp.full_like(slots, leaf.size)
-  starts = jnp.zeros_like(slots, jnp.uint32)
-  return Block(leaf.shape, leaf.first + slots, sizes, sizes, slots, starts)
 
 
 def _in_groups(function: Any, leaves: dict[int, _Leaf], columns: Any) -> dict:
@@ -136,8 +123,8 @@ def _in_groups(function: Any, leaves: dict[int, _Leaf], columns: Any) -> dict:
   packers = [functools.partial(concatenate, k) for k in range(len(groups))]
 
   def one(turn: tuple[Array, ...]) -> Array:
-    number, *fields = turn
-    block = Block((rows, _ROW), *fields)
+    number, *table = turn
+    block = Block((rows, _ROW), *table)
     return function(block, *lax.switch(number, packers))
 
   numbers = np.arange(len(groups), dtype=np.int32)
@@ -194,13 +181,15 @@ def _pieces(column: Any, leaves: Any, groups: Any, rows: int) -> list[list]:
 
 def _table(leaves: Sequence[_Leaf], rows: int, slots: int) -> list[np.ndarray]:
   """The arrays of a `Block`; the last layer gets the rows that are left."""
-  members = [(x, j) for x in leaves for j in range(x.shape[0])]
-  heights = np.array([x.height for x, _ in members])
+  numbers = [leaf.shape[0] for leaf in leaves]
+  layers = [leaf.first + np.arange(leaf.shape[0]) for leaf in leaves]
+  sizes = np.repeat([leaf.size for leaf in leaves], numbers)
+  heights = np.repeat([leaf.height for leaf in leaves], numbers)
   heights[-1] += rows - heights.sum()
-  slots_of_rows = np.repeat(np.arange(len(members)), heights)
-  starts = np.concatenate([np.arange(height) for height in heights]) * _ROW
-  per_slot = ([x.first + j for x, j in members], [x.size for x, _ in members])
-  empty = (0, slots - len(members))
-  table = [np.pad(column, empty) for column in (*per_slot, heights * _ROW)]
-  table = [column.astype(np.int32) for column in (*table, slots_of_rows)]
-  return [*table, starts.astype(np.uint32)]
+  tops = np.repeat(np.cumsum(heights) - heights, heights)
+  width = leaves[0].width
+  per_slot = np.concatenate(layers), sizes, heights * width
+  table = [np.pad(column, (0, slots - len(sizes))) for column in per_slot]
+  table += [np.repeat(np.arange(len(sizes)), heights)]
+  table += [(np.arange(rows) - tops) * width]
+  return [column.astype(np.uint32) for column in table]

@@ -14,7 +14,6 @@ on one device and on many.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +22,10 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from sparseopt_jax import _lax
 from sparseopt_jax import _packing
 from sparseopt_jax._packing import Block
 
 _MAX_ORDER = (1 << 31) - 1
-_ZERO_KEY = 2
 
 
 def random_order(words: tuple[Array, Array], position: Array) -> Array:
@@ -78,12 +75,11 @@ def _search(block: Block, keys: Any, n: Array, limit: Any) -> _Interval:
     block: The layers.
     keys: Gives unsigned keys up to ``limit``, anew in each pass.
     n: int32 of shape (slots,).
-    limit: The largest key there can be.
+    limit: The largest key there can be; of one layer or of all.
   """
-
-  def is_open(interval: _Interval) -> Array:
-    low, high, reach_low, _ = interval
-    return jnp.any((high - low > 1) & (reach_low != n))
+  is_open = lambda interval: jnp.any(
+    (interval.high - interval.low > 1) & (interval.reach_low != n)
+  )
 
   def narrow(interval: _Interval) -> _Interval:
     low, high, reach_low, reach_high = interval
@@ -105,100 +101,78 @@ def _search(block: Block, keys: Any, n: Array, limit: Any) -> _Interval:
   # All keys reach 0, and none is above the limit: where n is 0, low may have to
   # go as far as limit + 1.
   low, none = jnp.zeros(n.shape, limit.dtype), jnp.zeros_like(n)
-  start = _Interval(low, low + (limit + 2), block.rooms, none)
+  all_keys = block.rooms.astype(jnp.int32)
+  start = _Interval(low, low + (limit + 2), all_keys, none)
   return lax.while_loop(is_open, narrow, start)
 
 
-def _select(
-  block: Block, values: Array, eligible: Array, n: Array, is_backward: bool
-) -> tuple[Array, Array, _Interval]:
-  """The ``n`` of largest magnitude (or smallest), of equal ones the first.
+def select(
+  block: Block, values: Array, eligible: Array, n: Array, key: Any = None
+) -> Array:
+  """Selects the ``n`` of smallest magnitude in each layer; with a key, largest.
 
-  Returns them with their keys, in the order of magnitude or against it: 0 is
-  not eligible, 1 is NaN, 2 is zero (or infinity), and so on.
+  Ties go to the lowest row-major index, but among the largest those of zeros
+  are broken at random; NaN comes last.
+
+  Args:
+    block: The layers.
+    values: Floats.
+    eligible: Bools.
+    n: int32 of shape (slots,), at most the number of eligible values.
+    key: For the largest; as for `at_random`.
+
+  Returns:
+    Bools, exactly ``n`` of a layer true.
   """
   # In float32 or wider, which is exact, so the order stays.
-  values = values.astype(_lax.wide_dtype(values.dtype))
+  values = values.astype(np.promote_types(values.dtype, np.float32))
   bits = magnitude_bits(values)
   top = magnitude_bits(jnp.asarray(jnp.inf, values.dtype))
-  rank = jnp.where(bits > top, 1, (top - bits if is_backward else bits) + 2)
-  key = jnp.where(eligible, rank, 0)
-  found = _search(block, lambda: key, n, top + 2)
-  low = block.spread(found.low)
-  end = block.spread(block.rooms.astype(jnp.uint32))
-  ties = lambda: jnp.where(key == low, end - block.position(), 0)
+  # 0 is not eligible, 1 is NaN, 2 is zero (or infinity), and so on.
+  rank = jnp.where(bits > top, 1, (top - bits if key is None else bits) + 2)
+  rank = jnp.where(eligible, rank, 0)
+  found = _search(block, lambda: rank, n, top + 2)
+  low, end = block.spread(found.low), block.spread(block.rooms)
+  in_order = lambda: end - block.position()
+  order, limit = in_order, block.rooms
+  if key is not None:
+    are_zeros = found.low == 2
+    limit = jnp.where(are_zeros, np.uint32(_MAX_ORDER + 1), limit)
+    order = lambda: jnp.where(
+      block.spread(are_zeros), _random_keys(block, key), in_order()
+    )
+  ties = lambda: jnp.where(rank == low, order(), 0)
   # All keys reach 0, so the search of a layer without ties ends at once.
   tied = found.reach_low > n
-  wanted = jnp.where(tied, n - found.reach_high, block.rooms)
-  most = np.uint32(min(math.prod(block.shape), 1 << 31))
-  last = block.spread(_search(block, ties, wanted, most).low)
-  return (key > low) | ((key == low) & (ties() >= last)), key, found
+  wanted = jnp.where(tied, n - found.reach_high, block.rooms.astype(jnp.int32))
+  last = block.spread(_search(block, ties, wanted, limit).low)
+  return (rank > low) | ((rank == low) & (ties() >= last))
 
 
-def smallest(block: Block, values: Array, eligible: Array, n: Array) -> Array:
-  """Selects the ``n`` eligible floats of smallest magnitude in each layer.
-
-  Ties go to the lowest row-major index; NaN comes last.
-
-  Args:
-    block: The layers.
-    values: Floats.
-    eligible: Bools.
-    n: int32 of shape (slots,), at most the number of eligible values.
-
-  Returns:
-    Bools, exactly ``n`` of a layer true.
-  """
-  return _select(block, values, eligible, n, is_backward=True)[0]
+def _random_keys(block: Block, key: Array) -> Array:
+  """Other numbers for each element of a layer; uint32 from 1 to 2**31."""
+  # jax.random would take as long to compile as the rest of the selection.
+  numbers = 2 * block.layers[:, None] + np.arange(2, dtype=np.uint32)[None]
+  words = block.spread(random_order((key[0], key[1]), numbers))
+  return random_order((words[..., 0], words[..., 1]), block.position()) + 1
 
 
-def largest(
-  block: Block, values: Array, eligible: Array, n: Array, words: Array
-) -> Array:
-  """Selects the ``n`` eligible floats of largest magnitude in each layer.
-
-  As `smallest`, but ties among zeros are broken at random.
-
-  Args:
-    block: The layers.
-    values: Floats.
-    eligible: Bools.
-    n: int32 of shape (slots,), at most the number of eligible values.
-    words: uint32 of shape (slots, 2), the random state.
-
-  Returns:
-    Bools, exactly ``n`` of a layer true.
-  """
-  chosen, key, found = _select(block, values, eligible, n, is_backward=False)
-  short = (found.low == _ZERO_KEY) & (found.reach_low > n)
-
-  def choose_zeros() -> Array:
-    zeros = (key == _ZERO_KEY) & block.spread(short)
-    wanted = jnp.where(short, n - found.reach_high, 0)
-    return jnp.where(zeros, at_random(block, zeros, wanted, words), chosen)
-
-  return lax.cond(jnp.any(short), choose_zeros, lambda: chosen)
-
-
-def at_random(block: Block, eligible: Array, n: Array, words: Array) -> Array:
+def at_random(block: Block, eligible: Array, n: Array, key: Array) -> Array:
   """Selects ``n`` eligible weights of each layer, all equally likely.
 
   Args:
     block: The layers.
     eligible: Bools.
     n: int32 of shape (slots,), at most the number of eligible weights.
-    words: uint32 of shape (slots, 2), the random state.
+    key: uint32 of shape (2,), fresh for the call.
 
   Returns:
     Bools, exactly ``n`` of a layer true.
   """
-  of_rows = block.spread(words)
-  state = (of_rows[..., 0], of_rows[..., 1])
-  order = random_order(state, block.position()) + 1
-  key = jnp.where(eligible, order, 0)
+  keys = jnp.where(eligible, _random_keys(block, key), 0)
   # No two keys are equal, so the search ends with exactly n above low.
-  found = _search(block, lambda: key, n, np.uint32(_MAX_ORDER + 1))
-  return key >= block.spread(found.low)
+  found = _search(block, lambda: keys, n, np.uint32(_MAX_ORDER + 1))
+  return keys >= block.spread(found.low)
 
 
 # --- All layers of a network --------------------------------------------------
@@ -217,14 +191,6 @@ def call_key(key: Array, count: Array) -> Array:
   return jnp.stack([mixed, key[1]])
 
 
-def _layer_words(key: Array, shapes: Any, stacked: Any) -> Array:
-  """The random state of each layer; uint32 of shape (layers, 2)."""
-  # jax.random would take as long to compile as the rest of the selection.
-  pairs = zip(shapes, stacked, strict=True)
-  layers = sum(math.prod(shape[:axes]) for shape, axes in pairs)
-  return random_order((key[0], key[1]), _lax.linear_index((layers, 2)))
-
-
 # Compiled as a whole: outside of jit, init would compile one operation after
 # the other. Tracing init again, as a wrapper does, finds it done.
 @functools.partial(jax.jit, static_argnames=("shapes", "stacked"))
@@ -239,12 +205,9 @@ def draw(key: Array, counts: Array, shapes: Any, stacked: Any) -> list[Array]:
   """
   # Else XLA would evaluate masks that do not depend on arguments, slowly.
   key = call_key(lax.optimization_barrier(key), jnp.uint32(0))
-  words = _layer_words(key, shapes, stacked)
-
-  def one(block: Block) -> Array:
-    n, random = block.take(counts), block.take(words)
-    return at_random(block, block.is_layer(), n, random)
-
+  one = lambda block: at_random(
+    block, block.is_layer(), block.take(counts), key
+  )
   return _packing.by_block(one, shapes, stacked)
 
 
@@ -265,7 +228,7 @@ def keep_largest(
   def one(block: Block, values: Array, mask: Array) -> Array:
     active, _ = block.counts([mask, ~mask])
     excess = jnp.maximum(active - block.take(counts), 0)
-    return mask & ~smallest(block, values, mask, excess)
+    return mask & ~select(block, values, mask, excess)
 
   shapes = [x.shape for x in values]
   return _packing.by_block(one, shapes, stacked, values, masks)
@@ -274,7 +237,7 @@ def keep_largest(
 def pick_largest(
   values: Any, counts: Array, stacked: Any, key: Array
 ) -> list[Array]:
-  """Masks of the weights of largest magnitude, as `largest` selects them.
+  """Masks of the weights of largest magnitude, of zeros those at random.
 
   Args:
     values: Floats, leaf by leaf.
@@ -282,13 +245,11 @@ def pick_largest(
     stacked: How many leading axes of each leaf enumerate layers.
     key: uint32 of shape (2,), fresh for the call.
   """
-  shapes = [x.shape for x in values]
-  words = _layer_words(key, shapes, stacked)
 
   def one(block: Block, values: Array) -> Array:
-    n, random = block.take(counts), block.take(words)
-    return largest(block, values, block.is_layer(), n, random)
+    return select(block, values, block.is_layer(), block.take(counts), key)
 
+  shapes = [x.shape for x in values]
   return _packing.by_block(one, shapes, stacked, values)
 
 
@@ -306,18 +267,17 @@ def drop_and_grow(
       array, to how many of them are dropped.
     key: uint32 of shape (2,), fresh for the call.
   """
-  masks, stacked = [x.mask for x in layers], [x.stacked for x in layers]
-  shapes = [mask.shape for mask in masks]
-  words = _layer_words(key, shapes, stacked)
 
   def one(block: Block, mask: Array, drop: Array, *grow: Array) -> Array:
     active, _ = block.counts([mask, ~mask])
-    n, random = num_dropped(active), block.take(words)
-    kept = mask & ~smallest(block, drop, mask, n)
+    n = num_dropped(active)
+    kept = mask & ~select(block, drop, mask, n)
     free = ~kept & block.is_layer()
     if not grow:
-      return kept | at_random(block, free, n, random)
-    return kept | largest(block, grow[0], free, n, random)
+      return kept | at_random(block, free, n, key)
+    return kept | select(block, grow[0], free, n, key)
 
+  masks, stacked = [x.mask for x in layers], [x.stacked for x in layers]
   columns = [masks, drop] if grow is None else [masks, drop, grow]
+  shapes = [mask.shape for mask in masks]
   return _packing.by_block(one, shapes, stacked, *columns)

@@ -6,17 +6,11 @@ from typing import Any
 import jax
 
 
-def _explicit_mesh(array: jax.Array) -> jax.sharding.AbstractMesh | None:
-  """The mesh in the type of an array, if it has axes of explicit type."""
-  mesh = jax.typeof(array).sharding.mesh
-  return mesh if mesh.explicit_axes else None
-
-
 def place(array: jax.Array, leaf: Any) -> jax.Array:
   """Lays an array out as a leaf of its shape, if that is known by now."""
   if isinstance(leaf, jax.core.Tracer):
-    is_explicit = _explicit_mesh(leaf) is not None
     layout = jax.typeof(leaf).sharding
+    is_explicit = layout.mesh.explicit_axes
     return jax.sharding.reshard(array, layout) if is_explicit else array
   # An array put on a device is bound to it; one that is not must stay free.
   is_bound = getattr(leaf, "committed", hasattr(leaf, "sharding"))
@@ -32,8 +26,8 @@ def lay_out_freely(function: Callable[..., Any], tree: Any, *args: Any) -> Any:
     tree: Arrays; what the function returns is laid out as they are.
     *args: Anything else.
   """
-  meshes = [_explicit_mesh(array) for array in jax.tree.leaves(tree)]
-  mesh = next((mesh for mesh in meshes if mesh is not None), None)
+  meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree)]
+  mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
   if mesh is None:
     return function(tree, *args)
   layout = lambda x: jax.NamedSharding(mesh, jax.typeof(x).sharding.spec)

@@ -40,33 +40,29 @@ class SparsifyState(NamedTuple):
 
 
 def _mark_slots(inner: Any, state: Any, masks: Any) -> Any:
-  """The state with the masks in its slots of one entry a weight, else False.
+  """The state with a leaf's mask in each of its slots, and False elsewhere.
 
-  The slots are found by ``optax.tree.map_params``, which knows the copies of
-  the parameters in nearly any state.
+  A slot holds one entry for each weight. ``optax.tree.map_params`` finds what
+  is laid out as the parameters are in nearly any state.
   """
-
-  def mark(slot: Any, mask: Any) -> Any:
-    # A MaskedNode has no shape.
-    is_weight = getattr(slot, "shape", 0) == getattr(mask, "shape", 1)
-    return mask if is_weight else False
-
+  # A MaskedNode has no shape.
+  is_alike = lambda x, mask: getattr(x, "shape", 0) == getattr(mask, "shape", 1)
+  mark = lambda slot, mask: mask if is_alike(slot, mask) else False
   options = {"transform_non_params": lambda _: False}
   options["is_leaf"] = _paths.is_masked_node
   return optax.tree.map_params(inner, mark, state, masks, **options)
 
 
 def _restart_slots(inner: Any, state: Any, stays: Any, params: Any) -> Any:
-  """The per-weight state where a weight stays; elsewhere as it is at first.
+  """The state with slots as at first wherever a weight does not stay.
 
-  The weights in question are 0, and so is what ``inner.init`` sees here.
+  Such weights are 0, and so is what ``inner.init`` sees here.
   """
   marks = _mark_slots(inner, state, stays)
   fresh = inner.init(jax.tree.map(jnp.zeros_like, params))
-
-  def restart(mark: Any, slot: Any, fresh: Any) -> Any:
-    return slot if mark is False else jnp.where(mark, slot, fresh)
-
+  restart = lambda mark, slot, fresh: (
+    slot if mark is False else jnp.where(mark, slot, fresh)
+  )
   return jax.tree.map(restart, marks, state, fresh)
 
 
@@ -221,16 +217,18 @@ def sparsify(
     updates, link_state = link.update(
       updates, state.link, params, update_masks=update_masks
     )
-    on, inner_state = _state.settled(link_state), state.inner
+    # Where a weight makes a step: not where it was dropped or grown just now.
+    steps, inner_state = _state.settled(link_state), state.inner
+    # The same object where this call cannot update masks; then all slots stay.
     if link_state.masks is not state.link.masks:
-      stays = jax.tree.map(lambda mask: mask | ~link_state.updated, on)
+      stays = jax.tree.map(lambda mask: mask | ~link_state.updated, steps)
       inner_state = _restart_slots(inner, inner_state, stays, params)
     updates, inner_state = inner.update(
-      updates, inner_state, _state.zero_unless(on, params), **extra_args
+      updates, inner_state, _state.zero_unless(steps, params), **extra_args
     )
     # Promotes: a bfloat16 update could not cancel a float32 parameter.
     cancel = lambda mask, update, param: jnp.where(mask, update, -param)
-    updates = _state.map_sparse(cancel, on, updates, params)
+    updates = _state.map_sparse(cancel, steps, updates, params)
     return updates, SparsifyState(link_state, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

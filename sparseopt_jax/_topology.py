@@ -290,9 +290,11 @@ class SET(Topology):
     """Drops and grows the same number of weights in each layer."""
     drop = list(map(self.drop_scores, layers))
     grow = list(map(self.grow_scores, layers))
-    n = functools.partial(self.num_dropped, count)
-    scores = None if any(x is None for x in grow) else grow
-    return _selection.drop_and_grow(layers, drop, scores, n, key)
+    is_random = any(scores is None for scores in grow)
+    num_dropped = functools.partial(self.num_dropped, count)
+    return _selection.drop_and_grow(
+      layers, drop, None if is_random else grow, num_dropped, key
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The link of the chain: holds the masks and corrects the gradient."""
 
-from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -17,7 +16,7 @@ from sparseopt_jax import _paths
 from sparseopt_jax import _selection
 from sparseopt_jax import _sharding
 from sparseopt_jax import _state
-from sparseopt_jax._numbers import check, check_type, is_bool, is_int
+from sparseopt_jax._numbers import check, check_type, is_int
 from sparseopt_jax._state import SparseOptState
 from sparseopt_jax._topology import Layer, Static, Topology
 
@@ -39,39 +38,23 @@ def _key_data(seed: Any) -> jax.Array:
   return jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
 
 
-def _all_finite(gradients: Sequence[jax.Array]) -> jax.Array:
+def _all_finite(tree: Any) -> jax.Array:
+  is_float = lambda x: jnp.issubdtype(getattr(x, "dtype", float), jnp.inexact)
+  floats = [jnp.asarray(x) for x in jax.tree.leaves(tree) if is_float(x)]
   # All small ones of a dtype at once: each reduction takes its time to compile.
-  small: dict[Any, list[jax.Array]] = {}
-  arrays = []
-  for gradient in gradients:
-    if not jnp.issubdtype(getattr(gradient, "dtype", float), jnp.inexact):
-      continue
-    gradient = jnp.asarray(gradient)
-    if gradient.size > 1 << 16:
-      arrays.append(gradient)
-    else:
-      small.setdefault(gradient.dtype, []).append(gradient.reshape(-1))
-  arrays += [jnp.concatenate(group) for group in small.values()]
+  small = [x for x in floats if x.size <= 1 << 16]
+  arrays = [x for x in floats if x.size > 1 << 16]
+  for dtype in dict.fromkeys(x.dtype for x in small):
+    alike = [x.reshape(-1) for x in small if x.dtype == dtype]
+    arrays.append(jnp.concatenate(alike))
   # A maximum passes NaN on, and is faster on a CPU than a conjunction.
   largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
   return jnp.all(jnp.stack([jnp.isfinite(x) for x in largest]))
 
 
-# Traced once for each shape and not for each layer.
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _factors(mask: Any, axes: Any, stacked: int, corrected: bool) -> jax.Array:
-  """The factor of each neuron; if not corrected, whether it is alive."""
-  fan_in, rest = _lax.counts([mask, ~mask], axes)
-  nnz, all_rest = _lax.sums([fan_in, rest], range(stacked, fan_in.ndim))
-  # This adds 0. Were the active weights all that is used, counting them would
-  # be slow.
-  nnz += jnp.minimum(all_rest, 0)
-  factors = jnp.expand_dims(_correction.factors(fan_in, nnz), axes)
-  return factors if corrected else factors > 0
-
-
 def _factor(layer: Layer, mask: jax.Array) -> jax.Array:
-  return _factors(mask, layer.input_axes, layer.stacked, layer.corrected)
+  axes = layer.input_axes
+  return _correction.factors(mask, axes, layer.stacked, layer.corrected)
 
 
 def _new_masks(topology: Any, layers: Any, state: SparseOptState) -> Any:
@@ -79,13 +62,14 @@ def _new_masks(topology: Any, layers: Any, state: SparseOptState) -> Any:
   like: Any = jax.tree.structure(state.masks)
   key = _selection.call_key(state.key, optax.safe_increment(state.count))
   masks = topology.update_masks(layers, state.count, key)
-
-  def mark(before: jax.Array, old: Layer, mask: jax.Array) -> jax.Array:
-    once = jnp.minimum(before, np.uint8(1))
-    return jnp.where(mask, old.mask.astype(jnp.uint8) + np.uint8(2), once)
-
-  factors = tuple(map(_factor, layers, masks))
+  # 3 and 2 where it is active, 1 and 0 where not: see SparseOptState.
+  mark = lambda before, old, mask: jnp.where(
+    mask,
+    old.mask.astype(jnp.uint8) + np.uint8(2),
+    jnp.minimum(before, np.uint8(1)),
+  )
   explored = map(mark, jax.tree.leaves(state.explored), layers, masks)
+  factors = tuple(map(_factor, layers, masks))
   trees = {"masks": like.unflatten(masks), "explored": like.unflatten(explored)}
   return state._replace(updated=state.updated | True, factors=factors, **trees)
 
@@ -222,39 +206,51 @@ def sparseopt(
   options = _masks.Options(
     sparsity, distribution, sparse, stacked, corrected, masks, output_axis
   )
-  # Traced, since a bool that follows from a value would not tell.
+  sparse_leaves = _masks.planner(options)
+  # By a traced count, since for a number False may mean that it is not due now.
   probe = lambda count: topology.is_due(count) is False or None
   is_static = jax.eval_shape(probe, jnp.int32(0)) is not None
 
   def init_fn(params: optax.Params) -> SparseOptState:
     # optax.tree.map_params asks with a tree that has no leaves.
-    layers = _masks.plan(params, options) if jax.tree.leaves(params) else []
-    layers = _masks.with_masks(topology, _key_data(seed), layers)
+    layers = sparse_leaves(params) if jax.tree.leaves(params) else []
+    layers = _masks.with_masks(layers, masks, topology, _key_data(seed))
     layers = [x._replace(factor=_factor(x, x.mask)) for x in layers]
     first = _masks.as_tree(params, layers, [x.mask for x in layers])
     factors: Any = tuple(x.factor for x in layers)
     kept: Any = tuple(map(topology.init, layers))
-    if not layers:
+    if not layers:  # There, an array stands for a tuple of any length.
       factors = kept = jnp.zeros([])
-    counts, updated = jnp.zeros([2], jnp.int32), jnp.zeros([], jnp.bool_)
-    explored = () if is_static else _state.explored_at_first(first)
-    trees = (first, explored, factors, kept)
-    return SparseOptState._make((*counts, updated, _key_data(seed), *trees))
+    return SparseOptState(
+      count=jnp.zeros([], jnp.int32),
+      skipped=jnp.zeros([], jnp.int32),
+      updated=jnp.zeros([], jnp.bool_),
+      key=_key_data(seed),
+      masks=first,
+      explored=() if is_static else _state.explored_at_first(first),
+      factors=factors,
+      topology_state=kept,
+    )
 
   def layers_of(params: Any, state: SparseOptState, grads: Any) -> list[Layer]:
     """The sparse leaves with all that belongs to them."""
     treedef: Any = jax.tree.structure(params)
-    raw, layers = treedef.flatten_up_to(grads), _masks.plan(params, options)
+    raw, layers = treedef.flatten_up_to(grads), sparse_leaves(params)
     names, paths = _paths.names(state.masks), [x.path for x in layers]
     is_own = names == paths and (is_static or jax.tree.leaves(state.explored))
     check(is_own, "state must be of these sparse leaves and topology", names)
-    for i, mask in enumerate(jax.tree.leaves(state.masks)):
-      weight, grad = map(jnp.asarray, (layers[i].weight, raw[layers[i].place]))
-      layer = layers[i]._replace(weight=weight, gradient=grad, mask=mask)
-      factor, kept = state.factors[i], state.topology_state[i]
-      is_on = factor.dtype != jnp.bool_
-      layers[i] = layer._replace(factor=factor, state=kept, corrected=is_on)
-    return layers
+    of_state = jax.tree.leaves(state.masks), state.factors, state.topology_state
+    return [
+      layer._replace(
+        weight=jnp.asarray(layer.weight),
+        gradient=jnp.asarray(raw[layer.place]),
+        mask=mask,
+        factor=factor,
+        state=kept,
+        corrected=factor.dtype != jnp.bool_,
+      )
+      for layer, mask, factor, kept in zip(layers, *of_state, strict=True)
+    ]
 
   def update_fn(
     updates: optax.Updates,
@@ -265,19 +261,21 @@ def sparseopt(
     **extra_args: Any,
   ) -> tuple[optax.Updates, SparseOptState]:
     del extra_args
-    is_known = update_masks is None or is_bool(update_masks)
+    is_known = isinstance(update_masks, bool | np.bool_ | None)
     check_type(is_known, "update_masks must be a bool or None", update_masks)
     check(params is not None, "params must be passed to update", params)
     is_state = isinstance(state, SparseOptState)
     check_type(is_state, "state must be a SparseOptState", type(state))
     layers = layers_of(params, state, updates)
     kept = tuple(topology.observe(layer, state.count) for layer in layers)
+    # An operation on the old flag keeps its layout, and its axes under vmap.
     new = state._replace(updated=state.updated & False, topology_state=kept)
     if not is_static:
       due = topology.is_due(state.count)
       due = due if update_masks is None else bool(update_masks)
       body = lambda new: _sharding.lay_out_freely(change, new, params, updates)
       new = _lax.once(due, body, new)
+    # One after the other, as map_sparse comes to their masks.
     scaled = iter(_correction.rescale(x.gradient, x.factor) for x in layers)
     updates = _state.map_sparse(lambda *_: next(scaled), new.masks, updates)
     # A weight that is dropped or grown in this call makes no step.
@@ -286,7 +284,7 @@ def sparseopt(
 
   def change(state: SparseOptState, params: Any, grads: Any) -> SparseOptState:
     """New masks, if all gradients are finite; else the state counts it."""
-    finite = _all_finite(jax.tree.leaves((grads, state.topology_state)))
+    finite = _all_finite((grads, state.topology_state))
     skipped = state.skipped + (~finite).astype(jnp.int32)
     layers = layers_of(params, state, grads)
     new_masks = functools.partial(_new_masks, topology, layers)

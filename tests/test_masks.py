@@ -4,7 +4,10 @@ Which leaves have one by default is tested in `test_trees`.
 """
 
 import dataclasses
+import functools
+import gc
 import io
+import weakref
 
 from flax import linen as nn
 from flax import nnx
@@ -389,3 +392,84 @@ def test_given_masks_are_not_needed_after_init():
   opt_state = tx.init(params)
   masks["Dense_0"]["kernel"].delete()
   _train(tx, params, opt_state, 3)
+
+
+def _counting(seen):
+  """A rule that chooses matrices and keeps what it was asked."""
+
+  def rule(path, leaf):
+    assert isinstance(leaf, jax.Array)  # A tracer is one too.
+    seen.append(path)
+    return leaf.ndim > 1
+
+  return rule
+
+
+def test_the_leaves_are_planned_once():
+  """In init; later traces, and calls outside of jit, ask no rule again."""
+  params, seen = _params(), []
+  tx = _sgd(0.6, RIGL, sparse=_counting(seen))
+  opt_state = tx.init(params)
+  paths = ["Conv_0/kernel", "Dense_0/bias", "Dense_0/kernel"]
+  assert seen == paths
+  for known in (True, False, None):
+    update = functools.partial(tx.update, update_masks=known)
+    jax.jit(update)(params, opt_state, params)
+    update(params, opt_state, params)
+  assert seen == paths
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_one_transformation_for_several_trees(jit):
+  """In turn: of other shapes, dtypes, names and containers."""
+  base = _params()
+  trees = [
+    base,
+    jax.tree.map(lambda x: jnp.concatenate([x, x]), base),
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), base),
+    {"Dense_1": base["Dense_0"], "Embed": base["Conv_0"]},
+    [base["Dense_0"]["kernel"], base["Dense_0"]["bias"]],
+  ]
+  shared = _sgd(0.6, RIGL)
+  states = [jit(shared.init)(tree) for tree in trees]
+  for _ in range(3):
+    for i, tree in enumerate(trees):
+      _, states[i] = jit(shared.update)(tree, states[i], tree)
+  for tree, state in zip(trees, states, strict=True):
+    own = _sgd(0.6, RIGL)
+    expected = jit(own.init)(tree)
+    for _ in range(3):
+      _, expected = jit(own.update)(tree, expected, tree)
+    _assert_same(state, expected)
+
+
+def test_nothing_of_a_call_is_kept():
+  """Neither tracers nor arrays, be they parameters, masks or a state."""
+  params = _params()
+  masks = {"Dense_0": {"kernel": jnp.ones((6, 5), bool)}}
+  tx = _sgd(0.6, RIGL, masks=masks)
+  with jax.checking_leaks():
+    opt_state = jax.jit(tx.init)(params)
+    jax.jit(tx.update)(params, opt_state, params)
+  updates, opt_state = tx.update(params, tx.init(params), params)
+  arrays = jax.tree.leaves((params, updates, opt_state))
+  alive = [weakref.ref(array) for array in arrays]
+  del arrays, params, updates, opt_state
+  gc.collect()
+  assert not any(ref() is not None for ref in alive)
+
+
+def test_the_numbers_of_active_weights_cannot_be_changed():
+  """A topology gets those of the plan, which later calls use."""
+
+  class Careless(sparseopt_jax.RigL):
+    def update_masks(self, layers, count, key):
+      for layer in layers:
+        layer.target[...] = 1
+      return super().update_masks(layers, count, key)
+
+  params = _params()
+  link = sparseopt_jax.sparseopt(0.5, Careless(9, 1), corrected=True)
+  opt_state = link.init(params)
+  with pytest.raises(ValueError, match="read-only"):
+    link.update(params, opt_state, params, update_masks=True)

@@ -20,23 +20,22 @@ from sparseopt_jax import _selection
 
 SHAPES = [(3, 2, 4), (1,), (5, 7), (2, 2, 3, 5)]
 DTYPES = ["float32", "bfloat16", "float16"]
-WORDS = np.array([[3, 5], [7, 11], [13, 17], [19, 23]], np.uint32)
+KEY = np.array([3, 5], np.uint32)
 # Ties, both zeros, the ends of each range, infinities, NaN.
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1.0, 2.0, np.inf, -np.inf, np.nan, 1e-40, 6e-8]
 
 
 @functools.partial(jax.jit, static_argnames=("name", "stacked"))
-def select(name, layers, eligible, n, words, stacked=None):
+def select(name, layers, eligible, n, key, stacked=None):
   """A selection over all layers, in whatever blocks they come."""
 
   def function(block, allowed, values):
-    wanted, words_here = block.take(n), block.take(words)
+    wanted = block.take(n)
     allowed &= block.is_layer()
     if name == "at_random":
-      return _selection.at_random(block, allowed, wanted, words_here)
-    extra = (words_here,) if name == "largest" else ()
-    select = getattr(_selection, name)
-    return select(block, values, allowed, wanted, *extra)
+      return _selection.at_random(block, allowed, wanted, key)
+    key_of_largest = key if name == "largest" else None
+    return _selection.select(block, values, allowed, wanted, key_of_largest)
 
   shapes = [layer.shape for layer in layers]
   stacked = stacked or (0,) * len(shapes)
@@ -54,7 +53,7 @@ def test_none_of_a_layer_that_fills_its_block(dtype, rows, value):
     eligible = [jnp.ones((rows, 4096), bool)]
     n = np.zeros(1, np.int32)
     for name in ("smallest", "largest", "at_random"):
-      (chosen,) = select(name, layers, eligible, n, jnp.array(WORDS[:1]))
+      (chosen,) = select(name, layers, eligible, n, KEY)
       assert not np.any(chosen)
 
 
@@ -92,9 +91,7 @@ def _check(dtype, seed, fraction, run=select):
   layers, eligible = _layers(seed, dtype), _eligible(seed + 1)
   n = np.array([math.floor(fraction * e.sum()) for e in eligible], np.int32)
   got = {
-    name: [
-      np.asarray(x) for x in run(name, layers, eligible, n, jnp.array(WORDS))
-    ]
+    name: [np.asarray(x) for x in run(name, layers, eligible, n, KEY)]
     for name in ("smallest", "largest", "at_random")
   }
   for i, (values, allowed) in enumerate(zip(layers, eligible, strict=True)):
@@ -124,7 +121,7 @@ def test_float64():
       [close],
       [np.ones((1, 3), bool)],
       np.array([2], np.int32),
-      jnp.array(WORDS),
+      KEY,
     )
     np.testing.assert_array_equal(chosen[0], [[True, True, False]])
 
@@ -139,7 +136,7 @@ def test_layers_of_several_dtypes():
   eligible = _eligible(6)
   n = np.array([e.sum() // 2 for e in eligible], np.int32)
   for name in ("smallest", "largest"):
-    got = select(name, layers, eligible, n, jnp.array(WORDS))
+    got = select(name, layers, eligible, n, KEY)
     rows = zip(got, layers, eligible, n, strict=True)
     for chosen, values, allowed, k in rows:
       if name == "largest":
@@ -151,7 +148,7 @@ def test_layers_of_several_dtypes():
   close = np.array([[1 + 2**-12, 1.0, 1 + 2**-11]], np.float32)
   layers = [close, close.astype(jnp.bfloat16), close.astype(np.float16)]
   eligible, n = [np.ones((1, 3), bool)] * 3, np.ones(3, np.int32)
-  got = select("smallest", layers, eligible, n, jnp.array(WORDS[:3]))
+  got = select("smallest", layers, eligible, n, KEY)
   np.testing.assert_array_equal(got[0], [[False, True, False]])
   for chosen in got[1:]:
     np.testing.assert_array_equal(chosen, [[True, False, False]])
@@ -181,7 +178,7 @@ def test_fewer_layers_than_blocks_of_the_least_size(monkeypatch):
   monkeypatch.setattr(_packing, "_ROW", 4)
   run = _traced_anew()
   layers, eligible = [np.array([3.0, 2.0])], [np.array([True, True])]
-  got = run("smallest", layers, eligible, np.array([1], np.int32), WORDS[:1])
+  got = run("smallest", layers, eligible, np.array([1], np.int32), KEY)
   np.testing.assert_array_equal(got[0], [False, True])
 
 
@@ -217,10 +214,10 @@ def test_stacked_layers_are_layers_of_their_own(large, monkeypatch):
     math.floor(f * e.sum()) for f, e in zip(fractions, eligible, strict=True)
   ]
   n = np.array(n, np.int32)
-  words = rng.integers(0, 2**32, (len(layers), 2), np.uint32)
+  key = rng.integers(0, 2**32, 2, np.uint32)
   for name in ("smallest", "largest", "at_random"):
-    got = _unstack(run(name, stacks, allowed, n, words, STACKED))
-    expected = run(name, layers, eligible, n, words, (0,) * len(layers))
+    got = _unstack(run(name, stacks, allowed, n, key, STACKED))
+    expected = run(name, layers, eligible, n, key, (0,) * len(layers))
     columns = zip(got, expected, layers, eligible, n, strict=True)
     for chosen, alone, values, mask, k in columns:
       np.testing.assert_array_equal(chosen, alone)
@@ -297,7 +294,7 @@ def test_a_layer_over_many_rows():
   layers[0][rng.random(shapes[0]) < 0.5] = 0.25
   eligible = [np.ones(s, bool) for s in shapes]
   n = np.array([5_000, 100], np.int32)
-  got = select("smallest", layers, eligible, n, jnp.array(WORDS[:2]))
+  got = select("smallest", layers, eligible, n, KEY)
   for chosen, values, allowed, k in zip(got, layers, eligible, n, strict=True):
     order = np.argsort(np.abs(values).ravel(), kind="stable")
     expected = np.zeros(values.size, bool)
@@ -309,12 +306,12 @@ def test_a_layer_over_many_rows():
 def test_vmap():
   layers, eligible = _layers(3, np.float32), _eligible(4)
   n = np.array([e.sum() // 2 for e in eligible], np.int32)
-  words = np.stack([WORDS, WORDS + 1])
+  keys = np.stack([KEY, KEY + 1])
   for name in ("largest", "at_random"):
     run = functools.partial(select, name)
-    several = jax.vmap(run, (None, None, None, 0))(layers, eligible, n, words)
+    several = jax.vmap(run, (None, None, None, 0))(layers, eligible, n, keys)
     for i in range(2):
-      one = run(layers, eligible, n, words[i])
+      one = run(layers, eligible, n, keys[i])
       for a, b in zip(several, one, strict=True):
         np.testing.assert_array_equal(a[i], b)
 
@@ -327,13 +324,12 @@ def test_sharded(large, monkeypatch):
   layer = rng.integers(-9, 10, (16, 24)).astype(np.float32)
   layers, eligible = [layer, layer[:4]], [layer != 3, layer[:4] != 2]
   n = np.array([100, 20], np.int32)
-  words = jnp.array(WORDS[:2])
   mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
   for name in ("smallest", "largest", "at_random"):
     run = functools.partial(_traced_anew(), name)
     place = lambda x: jax.device_put(x, NamedSharding(mesh, P(None, "x")))
-    there = run([place(x) for x in layers], eligible, n, words)
-    here = run(layers, eligible, n, words)
+    there = run([place(x) for x in layers], eligible, n, KEY)
+    here = run(layers, eligible, n, KEY)
     for a, b in zip(there, here, strict=True):
       np.testing.assert_array_equal(a, b)
 
@@ -342,9 +338,9 @@ def test_random_choices_are_even_and_differ():
   """Each of 24 weights is drawn about as often, and so is each pair."""
   eligible = [np.ones((4, 6), bool)]
   n = np.array([6], np.int32)
-  words = np.random.default_rng(0).integers(0, 2**32, (4000, 1, 2), np.uint32)
+  keys = np.random.default_rng(0).integers(0, 2**32, (4000, 2), np.uint32)
   run = functools.partial(select, "at_random", eligible, eligible, n)
-  drawn = np.asarray(jax.vmap(run)(jnp.array(words))[0]).reshape(4000, 24)
+  drawn = np.asarray(jax.vmap(run)(jnp.array(keys))[0]).reshape(4000, 24)
   together = drawn.astype(float).T @ drawn
   alone = np.diag(together) / 4000
   pairs = together[~np.eye(24, dtype=bool)] / 4000
@@ -377,8 +373,7 @@ def test_whatever_hypothesis_thinks_of(values, eligible, fraction):
   eligible = np.array(eligible).reshape(3, 4)
   n = math.floor(fraction * eligible.sum())
   arguments = ([values], [eligible], np.array([n], np.int32))
-  words = jnp.array(WORDS[:1])
-  smallest = np.asarray(select("smallest", *arguments, words)[0])
+  smallest = np.asarray(select("smallest", *arguments, KEY)[0])
   np.testing.assert_array_equal(smallest, oracle.drop(values, eligible, n))
-  largest = np.asarray(select("largest", *arguments, words)[0])
+  largest = np.asarray(select("largest", *arguments, KEY)[0])
   _assert_largest(largest, values, eligible, n)

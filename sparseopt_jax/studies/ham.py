@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from sparseopt_jax import _lax
 from sparseopt_jax import _numbers
 from sparseopt_jax._numbers import check, check_type
 
@@ -31,7 +31,7 @@ def _hyperbolic_step(
   beta: float,
 ) -> jax.Array:
   """What to add to a weight so that it makes both steps; the update's dtype."""
-  wide = _lax.wide_dtype(update.dtype)
+  wide = np.promote_types(update.dtype, np.float32)
   stepped = param.astype(wide) + update.astype(wide)
   growth = alpha * jnp.sign(stepped) * gradient.astype(wide) + beta
   exponent = -jnp.asarray(rate, wide) * growth
