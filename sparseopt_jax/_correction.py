@@ -100,7 +100,7 @@ def neuron_sparsity(mask: jax.Array, output_axis: Axes = -1) -> jax.Array:
       and ``Conv``, 0 for Equinox.
 
   Returns:
-    float32 in [0, 1], in the shape of the neuron axes in ascending order:
+    float32 in [0, 1], in the shape of the neuron axes in ascending order,
     ``(n_out,)`` for one.
 
   Raises:

@@ -165,8 +165,8 @@ def apply_masks(params: optax.Params, opt_state: optax.OptState) -> Any:
       several over different leaves.
 
   Returns:
-    The parameters, exactly 0 where a mask is false, by selection: what stood
-    there before, NaN included, does not matter.
+    The parameters, exactly 0 where a mask is false. What stood there before,
+    NaN included, does not matter.
 
   Raises:
     ValueError: If the state holds no SparseOptState, or its masks do not fit

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
 
   @property
   def active(self) -> jax.Array:
-    """The number of active weights; shape[:stacked], dtype=jnp.int32."""
+    """Active weights of each layer, int32 in the shape of the stacked axes."""
     axes = tuple(range(self.stacked, self.mask.ndim))
     return jnp.sum(self.mask, axis=axes, dtype=jnp.int32)
 
