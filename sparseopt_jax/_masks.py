@@ -96,8 +96,8 @@ def _resolve(argument: str, rule: Any, params: Any) -> list:
   else:
     with contextlib.suppress(ValueError, TypeError):
       values = jax.tree.leaves(jax.tree.broadcast(rule, params))
-  text = f"{argument} must have the structure of the parameters, or a prefix"
-  check(len(values) == len(names), text, rule)
+  text = "must be a function of path and leaf, or of the parameters' structure"
+  check(len(values) == len(names), f"{argument} {text} or a prefix", rule)
   is_value = is_int if argument == "stacked" else is_bool
   for name, value in zip(names, values, strict=True):
     text = f"{argument} must give {is_value.__name__[3:]}s, at {name!r} too"
@@ -242,11 +242,11 @@ def magnitude_masks(
 
   Args:
     params: The dense parameters.
-    sparsity: As for :func:`sparseopt_jax.sparseopt`.
-    distribution: As for :func:`sparseopt_jax.sparseopt`; it decides how many
+    sparsity: As for :func:`sparseopt_jax.sparsify`.
+    distribution: As for :func:`sparseopt_jax.sparsify`; it decides how many
       weights each layer keeps.
     sparse: Which leaves get a mask, as for :func:`sparseopt_jax.sparseopt`.
-    stacked: As for :func:`sparseopt_jax.sparseopt`.
+    stacked: As for :func:`sparseopt_jax.sparsify`.
 
   Returns:
     The parameters' structure with a bool array in the shape of each sparse

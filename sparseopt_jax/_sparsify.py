@@ -123,15 +123,44 @@ def sparsify(
       work behind the bare link. Slots in the shape of a leaf are taken for
       per-weight state, so a state of square matrices, as in Shampoo, needs the
       bare link too.
-    sparsity: As for :func:`sparseopt_jax.sparseopt`.
-    topology: As for :func:`sparseopt_jax.sparseopt`.
-    corrected: As for :func:`sparseopt_jax.sparseopt`.
-    distribution: As for :func:`sparseopt_jax.sparseopt`.
-    sparse: As for :func:`sparseopt_jax.sparseopt`.
-    masks: As for :func:`sparseopt_jax.sparseopt`.
-    output_axis: As for :func:`sparseopt_jax.sparseopt`.
-    stacked: As for :func:`sparseopt_jax.sparseopt`.
-    seed: As for :func:`sparseopt_jax.sparseopt`.
+    sparsity: Fraction of zeros over all sparse leaves, in [0, 1); with a dict
+      for ``distribution``, over those that it does not name.
+    topology: How masks change: :class:`sparseopt_jax.Static`,
+      :class:`sparseopt_jax.SET`, :class:`sparseopt_jax.RigL`,
+      :class:`sparseopt_jax.SRigL`, :class:`sparseopt_jax.Magnitude`, or a
+      :class:`sparseopt_jax.Topology` of one's own.
+    corrected: Which of the sparse leaves get the correction: ``True`` for all,
+      ``False`` for none (plain RigL, SET or static training), a pytree of bools
+      or a prefix of one, or a function ``(path, leaf) -> bool`` of paths such
+      as ``'Conv_0/kernel'`` (linen), ``'layers/0/conv/kernel'`` (NNX) or
+      ``'linear/w'`` (Haiku). It is meant for layers whose output goes straight
+      into batch normalisation, which
+      :func:`sparseopt_jax.inspection.batch_normalized` finds for linen and NNX.
+    distribution: ``'erk'``, ``'uniform'``, or a function of ``{path: shape}``
+      and the sparsity that returns ``{path: density}``. Or a dict of densities
+      in (0, 1] by shell pattern, such as ``{'Conv_0/*': 1.0}``, of which the
+      first that matches a path counts. The other layers get ERK at ``sparsity``
+      among themselves: neither layers named here nor leaves that ``sparse``
+      leaves dense count.
+    sparse: Which leaves get a mask, in the forms of ``corrected``. By default
+      kernels: leaves of floats with two axes longer than 1, and no name of a
+      bias, a scale, an offset, an embedding, or a table of positions or tokens.
+    masks: Start from these instead of random ones: arrays of bools, or of 0 and
+      1 in uint8, matched by path, such as :func:`sparseopt_jax.get_masks`
+      returns. They fix how many weights these leaves keep, whatever
+      ``sparsity`` says. A leaf with ``optax.MaskedNode()`` stays dense; for
+      leaves left out, ``sparse`` decides, and masks are drawn.
+    output_axis: The neuron axis of a layer's weights, a tuple of them, or a
+      function of path and leaf that returns either. By default that of Flax and
+      Haiku: the last, but (-2, -1) of a leaf of three axes whose path ends as
+      in Flax's attention, 'query/kernel', 'key/kernel' or 'value/kernel'. 0 for
+      Equinox.
+    stacked: How many leading axes of a leaf enumerate layers, as ``nn.scan``
+      makes them: an int, a pytree or prefix of ints, or a function of path and
+      leaf. Each slice is a layer of its own: its own share of the active
+      weights, its own neurons, its own selection.
+    seed: An int or a key, traced or not: under ``jax.vmap`` one for each
+      network. ``init`` alone reads it.
 
   Returns:
     A ``GradientTransformationExtraArgs`` with a
@@ -178,6 +207,9 @@ def sparsify(
     >>> opt_states = jax.vmap(init)(jax.random.split(jax.random.key(0), 5))
     >>> print(sparseopt_jax.get_masks(opt_states)['kernel'].shape)
     (5, 8, 4)
+
+    ``update`` of any of these transformations will do, also mapped: the seed is
+    read by ``init`` alone.
 
   References:
     Adnan et al., `SparseOpt: Addressing Normalization-induced Gradient Skew in

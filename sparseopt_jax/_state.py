@@ -93,7 +93,7 @@ def find_states(opt_state: optax.OptState, stacks: bool = False) -> list[Any]:
   check(found, rule, type(opt_state))
   paths = [path for state in found for path in _paths.names(state.masks)]
   check(len(paths) == len({*paths}), "opt_state must mask a leaf once", paths)
-  rule = "opt_state must be that of one network, else use jax.vmap"
+  rule = "opt_state must be of one network: use jax.vmap, or x[0] of each leaf"
   check(stacks or not any(map(num_stacked, found)), rule, found[0].count)
   return found
 

@@ -41,6 +41,8 @@ from sparseopt_jax.training.errors import UsageError
 
 _FORMAT = "sparseopt-jax 2"
 _FIGURES = ("step", "test_accuracy", "sparsity")
+# Without these in its `info`, a model cannot be made.
+_MODEL = {"model", "num_classes", "width", "shortcut_size", "precision"}
 # Another device, or bfloat16, may take a few images for another class.
 _TOLERANCE = 0.01
 Kind = Literal["bcoo", "csr"]
@@ -277,8 +279,8 @@ def load(path: str | pathlib.Path) -> SparseModel:
     The model, ready to be applied.
 
   Raises:
-    UsageError: If the file is not one of these, or is damaged; or it is of
-      float64 and JAX is not set to have that.
+    UsageError: If the file is not one of these, is damaged, or does not say
+      which model it holds; or it is of float64 and JAX is not set to have that.
   """
   tensors, metadata = _read(pathlib.Path(path))
   if metadata.get("format") != _FORMAT:
@@ -289,6 +291,9 @@ def load(path: str | pathlib.Path) -> SparseModel:
   if metadata.get("crc") != str(_crc(tensors)):
     raise UsageError(f"{path} is damaged: its CRC does not match its content")
   info = json.loads(metadata["info"])
+  missing = _MODEL - info.keys()
+  if missing:
+    raise UsageError(f"{path} does not say {', '.join(sorted(missing))}")
   if info["precision"] == "float64" and not jax.config.read("jax_enable_x64"):
     raise UsageError(
       f"{path} holds float64: set jax.config.update('jax_enable_x64', True)"

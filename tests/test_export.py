@@ -265,6 +265,16 @@ def test_unknown_and_damaged_files_are_refused(
     export.load(path)
 
 
+def test_a_file_that_does_not_name_its_model_is_refused(tmp_path):
+  kernel = np.ones((3, 2), np.float32)
+  variables = {"params": {"kernel": kernel}}
+  masks = {"kernel": kernel > 0}
+  export.save(tmp_path / "model", variables, masks, {"width": 3})
+  message = "does not say model, num_classes, precision, shortcut_size"
+  with pytest.raises(UsageError, match=message):
+    export.load(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
   ("run", "out", "message"),
   [

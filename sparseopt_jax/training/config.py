@@ -37,7 +37,7 @@ _FREE = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Trains a sparse ResNet; by default on scikit-learn's digits.
+  """Trains a sparse network; by default on scikit-learn's digits.
 
   Raises:
     UsageError: A value that cannot be used; the message names the flag.
@@ -50,7 +50,7 @@ class Config:
   image_size: int | None = None
   """Height and width of the images, for imagenet2012 only [224]."""
   model: str = "resnet8"
-  """The network: resnet8, resnet20, resnet50, perceptron, ..."""
+  """resnet8, 14, 20, 32, 44, 56 or 110, resnet50, perceptron."""
   width: int | None = None
   """Channels of the first stage, or hidden neurons [the model's own]."""
   shortcut: Literal["1x1", "3x3"] = "1x1"
