@@ -39,9 +39,12 @@ def _run(arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
   "arguments",
   [
-    ["optimizer", "--model", "resnet8"],
+    pytest.param(["optimizer", "--model", "resnet8"], marks=pytest.mark.slow),
     ["mask-update", "--model", "resnet8"],
-    ["training-step", "--model", "resnet8", "--batch-size", "4"],
+    pytest.param(
+      ["training-step", "--model", "resnet8", "--batch-size", "4"],
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_steps(arguments, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_sparse_matrices_compute_the_same(exported, kind):
     assert matrices[path].shape == (mask.shape[-1], mask[..., 0].size)
 
 
+@pytest.mark.slow
 def test_the_command_removes_dead_channels(monkeypatch, tmp_path, capsys):
   """Of a ResNet-8, in which SRigL has ablated some; it says how many."""
   monkeypatch.setattr(models, "create", _create)

@@ -246,6 +246,7 @@ def slope(fan_in, norm):
   return np.linalg.lstsq(rows, y)[0][0]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_its_results(digits, tmp_path, capsys):
   arguments = ["--out", str(tmp_path), "--seeds", "2", "--steps", "2"]
   assert command.main(["gradient-skew", *arguments]) == 0

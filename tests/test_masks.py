@@ -419,7 +419,9 @@ def test_the_leaves_are_planned_once():
   assert seen == paths
 
 
-@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+  "jit", [pytest.param(lambda f: f, marks=pytest.mark.slow), jax.jit]
+)
 def test_one_transformation_for_several_trees(jit):
   """In turn: of other shapes, dtypes, names and containers."""
   base = _params()

@@ -122,6 +122,7 @@ def test_there_is_no_slope_where_fan_ins_are_equal():
   }
 
 
+@pytest.mark.slow
 def test_a_run_records_slopes_and_is_otherwise_the_same(tmp_path):
   flags = [
     "--epochs",

@@ -138,6 +138,7 @@ def test_initialisation():
       np.testing.assert_array_equal(leaf, 1)
 
 
+@pytest.mark.slow
 def test_resnet50_blocks_start_as_their_shortcut():
   model = models.create("resnet50", 10, width=4)
   images = jnp.zeros((1, 32, 32, 3))

@@ -128,7 +128,11 @@ def _signal_at(monkeypatch, step):
 
 @pytest.mark.parametrize(
   "flags",
-  [{}, FOUR, pytest.param({**FOUR, "devices": 2}, marks=pytest.mark.slow)],
+  [
+    {},
+    pytest.param(FOUR, marks=pytest.mark.slow),
+    pytest.param({**FOUR, "devices": 2}, marks=pytest.mark.slow),
+  ],
 )
 def test_stopped_and_resumed_bit_for_bit(monkeypatch, tmp_path, flags):
   whole, parts = tmp_path / "whole", tmp_path / "parts"

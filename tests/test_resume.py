@@ -86,7 +86,12 @@ def finished(undisturbed):
 # Batches are drawn two or three ahead of the steps.
 @pytest.mark.parametrize(
   ("layout", "draw"),
-  [("one device", 3), ("one device", 10), ("pmap", 10), ("sharded", 10)],
+  [
+    ("one device", 3),
+    ("one device", 10),
+    ("pmap", 10),
+    pytest.param("sharded", 10, marks=pytest.mark.slow),
+  ],
 )
 def test_goes_on_within_an_epoch(
   monkeypatch, tmp_path, undisturbed, layout, draw

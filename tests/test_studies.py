@@ -399,6 +399,7 @@ def test_the_grid_of_the_baseline(tmp_path, monkeypatch, capsys):
 # --- The grid -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
   def add_flags(parser):
     cells.add_epochs(parser)
@@ -423,6 +424,7 @@ def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
   assert trained["platform"] == "cpu"
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
   def add_flags(parser):
     cells.add_epochs(parser)
@@ -460,6 +462,7 @@ def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("condition", ["srigl-95", "magnitude-95"])
+@pytest.mark.slow
 def test_conditions_of_other_topologies(data_dir, tmp_path, condition):
   words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
   args = arguments(cells.add_epochs, tmp_path, *words)

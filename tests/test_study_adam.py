@@ -126,6 +126,7 @@ TINY = regrowth_tasks.Task(
 )
 
 
+@pytest.mark.slow
 def test_training_is_that_of_a_plain_loop():
   """Zero is `sparsify` around AdamW, mask updates decided on the device."""
   data = load(None)
@@ -222,6 +223,7 @@ class Stopped(Exception):
   """A signal, say."""
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(run, tmp_path, monkeypatch, capsys):
   train, calls = regrowth.train, []
 

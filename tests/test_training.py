@@ -68,7 +68,7 @@ def _close(one, other, tolerance):
   [
     {"devices": 8},
     {"devices": 8, "shard_params": True},
-    {"devices": 2, "accumulate": 2},
+    pytest.param({"devices": 2, "accumulate": 2}, marks=pytest.mark.slow),
   ],
   ids=["pmap", "sharded", "accumulate"],
 )
@@ -278,6 +278,7 @@ def test_srigl_ablates_where_batch_norm_follows():
 
 
 @pytest.mark.parametrize("name", ["srigl", "magnitude"])
+@pytest.mark.slow
 def test_trains_with_each_topology(name, monkeypatch, tmp_path):
   """A run stopped in between ends as the undisturbed one, bit for bit."""
   tiny.use(monkeypatch)
