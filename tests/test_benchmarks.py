@@ -99,6 +99,8 @@ def test_networks(tmp_path, capsys):
   for row in rows.values():
     low, high = row["times_one_quartiles"]
     assert 0 < low <= row["times_one"] <= high
+    assert row["first_call_seconds"] > 0
+  assert rows["4"]["state_megabytes"] > 3.9 * rows["1"]["state_megabytes"]
 
 
 def test_input(tmp_path, capsys):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import time
 from typing import Any
 
+import jax
 import numpy as np
 
 from sparseopt_jax.benchmarks import input_pipeline
@@ -22,7 +24,9 @@ def run(
   """Images a second of all networks together, for each number of them.
 
   `times_one` is the ratio to one network, which N runs one after the other
-  have too; its quartiles are over rounds, in which all numbers take turns.
+  have too; its quartiles are over rounds, in which all numbers take turns. The
+  first call compiles. `peak_bytes` is the most that the device has held by
+  then, over all rows so far; a CPU does not tell.
 
   Args:
     configs: What to train; they differ in nothing but `networks`, and one of
@@ -31,16 +35,24 @@ def run(
     steps: Steps between mask updates that one call takes.
   """
   build.devices(configs[-1])  # Simulated devices are made before all else.
-  programs = {str(c.networks): program(c, steps) for c in configs}
-  calls, states = (
-    {name: pair[part] for name, pair in programs.items()} for part in (0, 1)
-  )
+  calls, states, rows = {}, {}, {}
+  for config in configs:
+    name = str(config.networks)
+    calls[name], state = program(config, steps)
+    start = time.perf_counter()
+    states[name] = jax.block_until_ready(calls[name](state))
+    leaves = jax.tree.leaves(states[name])
+    memory = jax.devices()[0].memory_stats() or {}
+    rows[name] = {
+      "first_call_seconds": time.perf_counter() - start,
+      "state_megabytes": sum(leaf.nbytes for leaf in leaves) / 1e6,
+      "peak_bytes": memory.get("peak_bytes_in_use"),
+    }
   times = timing.interleave(calls, states, repeats=repeats, calls=1)
   images = steps * configs[0].batch_size
-  rows = {}
   for name, row in times.items():
     ratio = int(name) * times["1"].wall / row.wall
-    rows[name] = {
+    rows[name] |= {
       "images_per_second": float(np.median(int(name) * images / row.wall)),
       **timing.spread("times_one", ratio),
       "cpu_ms_a_step": 1e3 * float(np.median(row.cpu)) / (steps * int(name)),

@@ -330,7 +330,9 @@ def study(args: argparse.Namespace, command: str) -> None:
   """
   cells.check(args)
   wanted = [
-    paired.Cell(condition, variant, variant.name(config), config)
+    paired.Cell(
+      condition, variant, variant.name(config), config, variant.factory
+    )
     for seed in range(args.seeds)
     for condition in args.conditions
     for variant in VARIANTS

@@ -93,7 +93,7 @@ def main_effects(found: Found) -> dict[str, dict[str, float]]:
     found: The runs of the whole grid.
 
   Returns:
-    {factor: {level: accuracy}}; empty while runs are missing.
+    {factor: {level: accuracy}}.
   """
   effects: dict[str, dict[str, float]] = {}
   for field in dataclasses.fields(Choice):

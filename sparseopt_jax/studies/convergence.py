@@ -8,7 +8,7 @@ rate in both: the study `baseline` chooses it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import itertools
 import math
 import shlex
@@ -157,36 +157,33 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   The slope of the skew is that of the updates which the run makes: where
   SparseOpt is on, 1/2 more than that of the gradient.
   """
-
-  def spread(line: dict[str, Any]) -> float:
-    layers = line["layers"].values()
-    return statistics.fmean(layer["fan_in_spread"] for layer in layers)
-
-  def slope(name: str) -> Callable[[dict[str, Any], str], float]:
-    def of(line: dict[str, Any], arm: str) -> float:
-      value = line.get(name)
-      shift = 0.5 if arm == cells.SPARSEOPT.label else 0.0
-      return math.nan if value is None else value + shift
-
-    return of
-
-  figures: dict[str, Callable[[dict[str, Any], str], float]] = {
-    name: lambda line, arm, name=name: line[name]  # type: ignore[misc]
-    for name in ("test_accuracy", "dead_neurons", "itop_rate")
+  columns = zip(ARMS, zip(*found, strict=True), strict=True)
+  epochs = {
+    arm: list(zip(*(run.lines for run in runs), strict=True))
+    for arm, runs in columns
   }
-  figures["fan_in_spread"] = lambda line, arm: spread(line)
-  for name in ("skew_slope", "skew_slope_before", "skew_slope_after"):
-    figures[name] = slope(name)
   return {
     name: {
       arm.label: [
-        report.interval([figure(line, arm.label) for line in epoch])
-        for epoch in zip(*(run.lines for run in runs), strict=True)
+        report.interval([_figure(name, line, arm) for line in lines])
+        for lines in epochs[arm]
       ]
-      for arm, runs in zip(ARMS, zip(*found, strict=True), strict=True)
+      for arm in ARMS
     }
-    for name, figure in figures.items()
+    for name in (*_PANELS, "skew_slope_before", "skew_slope_after")
   }
+
+
+def _figure(name: str, line: dict[str, Any], arm: cells.Arm) -> float:
+  """One figure of a line of `metrics.jsonl`; NaN if it was not measured."""
+  if name == "fan_in_spread":
+    layers = line["layers"].values()
+    return statistics.fmean(layer[name] for layer in layers)
+  value = line.get(name)
+  if value is None:
+    return math.nan
+  corrected = name.startswith("skew_slope") and arm is cells.SPARSEOPT
+  return value + 0.5 if corrected else value
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

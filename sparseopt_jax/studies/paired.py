@@ -28,15 +28,17 @@ class Cell(NamedTuple):
 
   Attributes:
     condition: In which variants are compared.
-    variant: With `label`, `against`, and `factory`, an optimiser or None.
+    variant: With `label` and `against`.
     name: The folder of the run.
     config: What is trained.
+    factory: Its optimiser, where no flag of the trainer tells it.
   """
 
   condition: str
   variant: Any
   name: str
   config: Config
+  factory: grid.Factory | None = None
 
 
 def study(
@@ -61,7 +63,7 @@ def study(
     UsageError: `--report`, and nothing is there.
   """
   every = {cell.name: cell.config for cell in wanted}
-  factories = {c.name: c.variant.factory for c in wanted if c.variant.factory}
+  factories = {cell.name: cell.factory for cell in wanted if cell.factory}
   runs = grid.run(every, args.out, 0 if args.report else args.jobs, factories)
   if not runs:
     raise UsageError(cells.nothing_there(args))

@@ -28,14 +28,12 @@ class Variant:
     topology: `Config.topology`.
     arm: With the correction or without.
     against: The label of the variant to compare with.
-    factory: None: the trainer's optimiser.
   """
 
   label: str
   topology: str
   arm: cells.Arm
   against: str | None = "RigL"
-  factory: None = None
 
 
 VARIANTS = (
