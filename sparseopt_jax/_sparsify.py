@@ -152,12 +152,14 @@ def sparsify(
       leaves left out, ``sparse`` decides, and masks are drawn.
     output_axis: The neuron axis of a layer's weights, a tuple of them, or a
       function of path and leaf that returns either. By default that of Flax and
-      Haiku: the last, but (-2, -1) of a leaf of three axes whose path ends as
-      in Flax's attention, 'query/kernel', 'key/kernel' or 'value/kernel'. 0 for
-      Equinox.
+      Haiku: the last, but (-2, -1) of a leaf of three axes, beside stacked
+      ones, whose path ends as in Flax's attention, 'query/kernel', 'key/kernel'
+      or 'value/kernel'. 0 for Equinox.
     stacked: How many leading axes of a leaf enumerate layers, as ``nn.scan``
-      makes them: an int, a pytree or prefix of ints, or a function of path and
-      leaf. Each slice is a layer of its own: its own share of the active
+      makes them: a function of path and leaf, such as ``lambda path, leaf:
+      int(path.startswith('ScanBlock_0'))``, a pytree or prefix of ints, or an
+      int for all leaves; at 1, a matrix that is not stacked is no kernel and
+      stays dense. Each slice is a layer of its own: its own share of the active
       weights, its own neurons, its own selection.
     seed: An int or a key, traced or not: under ``jax.vmap`` one for each
       network. ``init`` alone reads it.

@@ -119,8 +119,9 @@ def sparseopt(
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
   That ``step`` has to be the state's own count, by which the drop fraction
-  goes. Under ``jax.vmap``, where a condition computes both of its branches,
-  each step costs a mask update unless the loop says so.
+  goes. Under ``jax.vmap`` over states, where a condition computes both of its
+  branches, each step costs a mask update unless the loop says so; not so in a
+  training function that is mapped as a whole, ``init`` included.
 
   Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
   and float32 have the range.
