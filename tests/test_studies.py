@@ -34,6 +34,7 @@ from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import paper_tables
 from sparseopt_jax.studies import report
 from sparseopt_jax.studies import topologies
+from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder as folder_lib
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import recipes
@@ -95,10 +96,11 @@ def leave(folder, config, accuracies, factory=None, **last):
   (folder / folder_lib.SUMMARY).write_text(json.dumps(summary))
 
 
-def arguments(parser_of, out, *words):
-  """What a study gets, with the flags of all studies."""
-  parser = cells.parser("any", "")
-  parser_of(parser)
+def arguments(study, out, *words):
+  """What a study gets."""
+  parser = cli.Parser()
+  parser.add_argument("--out", type=pathlib.Path)
+  study.add_flags(parser)
   return parser.parse_args(["--out", str(out), *words])
 
 
@@ -309,12 +311,7 @@ def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):
   assert command.main(["convergence", *words]) == 2
   assert "no run is there" in capsys.readouterr().err
 
-  def add_flags(parser):
-    cells.add_conditions(parser, [])
-    cells.add_learning_rate(parser)
-    parser.add_argument("--budgets", type=int, nargs="+")
-
-  args = arguments(add_flags, *words[1:])
+  args = arguments(convergence, *words[1:])
   accuracies = itertools.count(50)
   for pair in convergence.runs_of(args, "rigl-95", 2)[:3]:
     for config in pair:
@@ -335,7 +332,7 @@ def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):
 
 def test_the_learning_rate_is_the_recipes_unless_it_is_given():
   def rate(*words):
-    args = arguments(cells.add_learning_rate, "out", *words)
+    args = arguments(convergence, "out", *words)
     (pair,) = convergence.runs_of(args, "rigl-95", 5)[:1]
     rates = {config.learning_rate for config in pair}
     assert rates == {cells.learning_rate(args)}
@@ -354,8 +351,7 @@ def test_the_learning_rate_is_the_recipes_unless_it_is_given():
 def test_the_grid_of_the_baseline(tmp_path, monkeypatch, capsys):
   forbid_training(monkeypatch)
   words = ["--out", str(tmp_path), "--report"]
-  args = arguments(lambda parser: None, tmp_path)
-  args.condition, args.epochs = "rigl-95", 2
+  args = arguments(baseline, tmp_path)
   grid_of = baseline.choices([0.1, 0.2])
   assert len(set(grid_of)) == 8
   names = set()
@@ -401,11 +397,8 @@ def test_the_grid_of_the_baseline(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
-  def add_flags(parser):
-    cells.add_epochs(parser)
-
   words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
-  args = arguments(add_flags, tmp_path, *words)
+  args = arguments(ablations, tmp_path, *words)
   (variant,) = [v for v in ablations.VARIANTS if v.label == "SparseOpt and HAM"]
   config = variant.config(args, "static-90", 0)
   every = {"one": config}
@@ -426,11 +419,8 @@ def test_a_run_with_an_optimiser_of_its_own(data_dir, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
-  def add_flags(parser):
-    cells.add_epochs(parser)
-
   words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
-  args = arguments(add_flags, "out", *words)
+  args = arguments(ablations, "out", *words)
   args.model, args.width = "perceptron", 8
 
   def of(*seeds):
@@ -465,7 +455,7 @@ def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_conditions_of_other_topologies(data_dir, tmp_path, condition):
   words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
-  args = arguments(cells.add_epochs, tmp_path, *words)
+  args = arguments(ablations, tmp_path, *words)
   config = cells.config(args, condition, cells.SPARSEOPT, 1, 0)
   name = cells.name(config)
   assert name == f"{condition}-on-1epochs-lr0.1-seed0"
@@ -517,10 +507,13 @@ def test_a_signal_lets_the_last_run_write_its_checkpoint(data_dir, tmp_path):
   code = """
 import argparse, pathlib, sys
 from sparseopt_jax.studies import cells, grid
+from sparseopt_jax.training import cli
 
 def make(epochs):
   words = ["--data-dir", sys.argv[1], "--width", "4"]
-  args = cells.parser("a study", "").parse_args(words)
+  parser = cli.Parser()
+  cells.add_flags(parser)
+  args = parser.parse_args(words)
   return cells.config(args, "static-90", cells.BASELINE, epochs, 0)
 
 if __name__ == "__main__":
@@ -729,6 +722,19 @@ def test_inverted_correction_divides_by_its_factors():
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
+def test_half_the_exponent_takes_the_root_of_its_factors():
+  rng = np.random.default_rng(5)
+  mask = rng.random((12, 8)) < 0.4
+  mask[:, 3] = False
+  params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
+  tx = rescaled(mask, ablations.inverse_root)
+  updates, _, grads, _ = first_update(tx, params)
+  fan_in = mask.sum(axis=0)
+  factor = (fan_in * 8 / fan_in.sum()) ** 0.25
+  expected = np.where(mask, -factor * np.array(grads["kernel"]), 0)
+  np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", [sparseopt_jax.RigL, sparseopt_jax.SET])
 def test_neurons_are_kept_alive(kind):
   """None loses its last input, in updates that drop nearly everything."""
@@ -809,6 +815,7 @@ def test_factors_are_of_the_masks_before_the_update(params):
     ablations.live_mean,
     ablations.kept_alive,
     ablations.inverted,
+    ablations.halved,
   ],
 )
 def test_variants_stay_sparse_over_mask_updates(params, factory):
@@ -840,10 +847,7 @@ def test_ablations_report_what_is_there(tmp_path, monkeypatch):
   }
   assert {v.label for v in ablations.VARIANTS} > set(accuracies)
 
-  def add_flags(parser):
-    cells.add_epochs(parser)
-
-  args = arguments(add_flags, tmp_path)
+  args = arguments(ablations, tmp_path)
   for variant in ablations.VARIANTS:
     for seed, accuracy in enumerate(accuracies.get(variant.label, ())):
       config = variant.config(args, "rigl-95", seed)
@@ -886,10 +890,7 @@ def test_ablations_compare_with_one_another():
   for variant in ablations.VARIANTS:
     assert variant.against in (None, *labels)
 
-  def add_flags(parser):
-    cells.add_epochs(parser)
-
-  args = arguments(add_flags, "out")
+  args = arguments(ablations, "out")
   names = [v.name(v.config(args, "rigl-95", 0)) for v in ablations.VARIANTS]
   assert len(set(names)) == len(names)
   assert names[:2] == [
@@ -903,7 +904,7 @@ def test_ablations_compare_with_one_another():
 
 def test_topologies_are_compared_on_a_recipe():
   words = ["--recipe", "cifar100-resnet20", "--width", "4", "--seeds", "2"]
-  args = arguments(cells.add_epochs, "out", *words)
+  args = arguments(topologies, "out", *words)
   found = {
     variant.label: topologies.configs(args, variant, 95)
     for variant in topologies.VARIANTS
@@ -1091,10 +1092,7 @@ def test_bad_input(line, message, tmp_path, monkeypatch, capsys):
 
 
 def test_runs_of_other_flags_are_refused(tmp_path, capsys):
-  def add_flags(parser):
-    cells.add_epochs(parser)
-
-  args = arguments(add_flags, tmp_path)
+  args = arguments(ablations, tmp_path)
   variant = ablations.VARIANTS[0]
   config = variant.config(args, "rigl-95", 0)
   leave(tmp_path / variant.name(config), config, [0.5])

@@ -19,10 +19,6 @@ from sparseopt_jax.studies import regrowth_tasks
 WIDTH, STEP, AGES = 20, 6, 12
 
 
-def test_the_names_are_those_of_the_command():
-  assert adam.NAME in command.NAMES
-
-
 # --- Jumps --------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import importlib
+import pathlib
+import shlex
 import sys
 
 from sparseopt_jax.training import cli
@@ -37,14 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
-  module = f"sparseopt_jax.studies.{name.replace('-', '_')}"
   try:
-    return importlib.import_module(module).main(rest)
-  except ModuleNotFoundError as error:
-    return cli.missing(error)
+    return cli.run(lambda: _run(name, rest))
   except signals.Interrupted as end:
     print(end, file=sys.stderr)
     return end.exit_code
+
+
+def _run(name: str, flags: Sequence[str]) -> None:
+  module = f"sparseopt_jax.studies.{name.replace('-', '_')}"
+  study = importlib.import_module(module)
+  prog = f"python -m sparseopt_jax.studies {name}"
+  (about, *_) = (study.__doc__ or "").splitlines()
+  parser = cli.Parser(prog=prog, description=about)
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=pathlib.Path("runs/studies"),
+    help="folder of the runs and results (default: %(default)s)",
+  )
+  study.add_flags(parser)
+  args = parser.parse_args(flags)
+  study.study(args).save(args.out, name, shlex.join([*prog.split(), *flags]))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ is that of the trainer; see `VARIANTS`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
-import shlex
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,11 +24,11 @@ from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import ham as ham_lib
 from sparseopt_jax.studies import paired
+from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training.config import Config
 
-NAME = "ablations"
 # Norm of normalised gradients over all layers, the same with SparseOpt and
 # without: the median of the baseline's in its first epoch (0.76 for resnet8 of
 # width 8, rigl-95), so that the learning rate means about the same. A norm that
@@ -121,6 +120,11 @@ def inverted(*arguments: Any) -> Any:
   return _rescaled(_parts(*arguments), inverse)
 
 
+def halved(*arguments: Any) -> Any:
+  """The exponent of the correction is 1/4, and not 1/2."""
+  return _rescaled(_parts(*arguments), inverse_root)
+
+
 def kept_alive(*arguments: Any) -> Any:
   """A mask update leaves every neuron its largest weight."""
   parts = _parts(*arguments)
@@ -208,6 +212,11 @@ def live_share(mask: jax.Array) -> jax.Array:
 def inverse(mask: jax.Array) -> jax.Array:
   """What turns the factors of the correction into their inverses."""
   return 1 / jnp.where(mask, correction(mask), 1) ** 2
+
+
+def inverse_root(mask: jax.Array) -> jax.Array:
+  """What turns the factors of the correction into their roots."""
+  return 1 / jnp.sqrt(jnp.where(mask, correction(mask), 1))
 
 
 class _KeepAlive:
@@ -304,6 +313,7 @@ VARIANTS = (
   Variant("SparseOpt after decay", "on", "SparseOpt", decay_first),
   Variant("SparseOpt, mean of live neurons", "on", "SparseOpt", live_mean),
   Variant("correction inverted", "on", "baseline", inverted),
+  Variant("half the exponent", "on", "baseline", halved),
   Variant("kept alive", "off", "baseline", kept_alive),
   Variant("SparseOpt, kept alive", "on", "kept alive", kept_alive),
   Variant("dense ends", "off", "baseline", None, ENDS),
@@ -322,7 +332,7 @@ _NOTE = (
 )
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Trains what is missing, and reports.
 
   Raises:
@@ -345,15 +355,14 @@ def study(args: argparse.Namespace, command: str) -> None:
     "ham": HAM,
     "dense_ends": ENDS,
   }
-  paired.study(NAME, args, command, wanted, about, _NOTE)
+  return paired.study(args, wanted, about, _NOTE)
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=3)
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
+  cells.add_flags(parser, seeds=3)
   cells.add_conditions(parser, ["rigl-95"])
-  cells.add_learning_rate(parser)
-  cells.add_epochs(parser)
+  cells.add_budget(parser)
   labels = [variant.label for variant in VARIANTS]
   parser.add_argument(
     "--variants",
@@ -363,10 +372,3 @@ def main(arguments: Sequence[str]) -> int:
     default=labels,
     help=f"any of: {'; '.join(labels)} (default: all)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

@@ -12,13 +12,11 @@ import itertools
 import json
 import math
 import pathlib
-import shlex
 import statistics
 import time
 from typing import Any
 
 import jax
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
@@ -29,11 +27,9 @@ from sparseopt_jax.studies import regrowth
 from sparseopt_jax.studies import regrowth_tasks
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import plots
 from sparseopt_jax.training import records
 from sparseopt_jax.training.errors import UsageError
 
-NAME = "adam"
 _TASKS = ("digits", "digits-constant", "text")  # need no data from elsewhere
 AGES = (1, 10, 50)
 _JUMP = {"seeds": 10, "width": 64, "step": 500, "ages": AGES[-1]}
@@ -331,7 +327,7 @@ def _plain_ticks(axis: Axes, ticks: Sequence[float]) -> None:
 # --- Command ------------------------------------------------------------------
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Measures and reports.
 
   Raises:
@@ -345,16 +341,11 @@ def study(args: argparse.Namespace, command: str) -> None:
     raise UsageError(f"--rates must be finite and above 0, got {args.rates}")
   report.make(args.out / "pieces")
   raw = measure(args)
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, table(raw), figure(raw))
+  return report.Report(raw, table(raw), lambda: figure(raw))
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cli.Parser(
-    prog=f"python -m sparseopt_jax.studies {NAME}",
-    description=(__doc__ or "").splitlines()[0],
-  )
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
   parser.add_argument(
     "--tasks",
     nargs="+",
@@ -363,12 +354,6 @@ def main(arguments: Sequence[str]) -> int:
     help="what to train (default: %(default)s)",
   )
   parser.add_argument("--data-dir", help="folder of TensorFlow Datasets")
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=pathlib.Path("runs") / NAME,
-    help="folder of the results (default: %(default)s)",
-  )
   for flag, kind, what in (
     ("--seeds", int, "networks a cell"),
     ("--steps", int, "training steps"),
@@ -380,10 +365,3 @@ def main(arguments: Sequence[str]) -> int:
     nargs="+",
     help="peaks of the learning rate (default: the task's)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

@@ -11,10 +11,8 @@ import argparse
 from collections.abc import Sequence
 import dataclasses
 import itertools
-import shlex
 from typing import Any, Literal
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -27,11 +25,8 @@ from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
-from sparseopt_jax.training.errors import UsageError
 
-NAME = "baseline"
 CLASSIFIER = "Dense_0/*"
 Found = dict["Choice", list[compare.Run]]
 
@@ -167,7 +162,7 @@ def _curves(axis: Axes, found: Found) -> None:
   axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Trains what is missing, and reports.
 
   Raises:
@@ -182,9 +177,7 @@ def study(args: argparse.Namespace, command: str) -> None:
       config = choice.config(args, seed)
       names[choice, seed] = choice.name(config)
       every[choice.name(config)] = config
-  runs = grid.run(every, args.out, 0 if args.report else args.jobs)
-  if not runs:
-    raise UsageError(cells.nothing_there(args))
+  runs = cells.trained(args, every)
   found: Found = {}
   for (choice, _), name in names.items():
     if name in runs:
@@ -209,13 +202,12 @@ def study(args: argparse.Namespace, command: str) -> None:
       for factor, levels in effects.items()
     ),
   ]
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, "\n".join(lines), figure(found))
+  return report.Report(raw, "\n".join(lines), lambda: figure(found))
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=1)
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
+  cells.add_flags(parser, seeds=1)
   parser.add_argument(
     "--condition",
     default="rigl-95",
@@ -231,10 +223,3 @@ def main(arguments: Sequence[str]) -> int:
     default=[0.02, 0.1, 0.2],
     help="to combine with all else (default: %(default)s)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

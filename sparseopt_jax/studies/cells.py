@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import pathlib
 import re
 from typing import Any
 
+from sparseopt_jax import compare
+from sparseopt_jax.studies import grid
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training import recipes
@@ -124,44 +125,34 @@ def name(config: Config) -> str:
   return "-".join(words)
 
 
-def parser(study: str, description: str, seeds: int = 5) -> cli.Parser:
+def add_flags(parser: cli.Parser, seeds: int = 5) -> None:
   """The flags that all studies of trained networks share."""
-  found = cli.Parser(
-    prog=f"python -m sparseopt_jax.studies {study}", description=description
-  )
-  found.add_argument("--data-dir", help="folder of the prepared data sets")
-  found.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=pathlib.Path("runs/studies"),
-    help="folder of the runs and results (default: %(default)s)",
-  )
-  found.add_argument(
+  parser.add_argument("--data-dir", help="folder of the prepared data sets")
+  parser.add_argument(
     "--recipe",
     choices=list(recipes.RECIPES),
     help="take data set, network and flags from a recipe of the trainer, but "
     "for its epochs (default: Fashion-MNIST, resnet8 of width 8)",
   )
-  found.add_argument("--dataset", help="another data set")
-  found.add_argument("--model", help="another network")
-  found.add_argument("--width", type=int, help="channels of the first stage")
-  found.add_argument("--precision", help="of the trainer (default: float32)")
-  found.add_argument(
+  parser.add_argument("--dataset", help="another data set")
+  parser.add_argument("--model", help="another network")
+  parser.add_argument("--width", type=int, help="channels of the first stage")
+  parser.add_argument("--precision", help="of the trainer (default: float32)")
+  parser.add_argument(
     "--seeds",
     type=int,
     default=seeds,
     help="number of seeds: 0, 1, ... (default: %(default)s)",
   )
-  found.add_argument(
+  parser.add_argument(
     "--jobs",
     type=int,
     default=1,
     help="programs to train at a time (default: %(default)s)",
   )
-  found.add_argument(
+  parser.add_argument(
     "--report", action="store_true", help="train nothing; report what is there"
   )
-  return found
 
 
 def add_conditions(parser: cli.Parser, default: Sequence[str]) -> None:
@@ -184,16 +175,33 @@ def add_learning_rate(parser: cli.Parser) -> None:
   )
 
 
-def add_epochs(parser: cli.Parser) -> None:
-  """The flag of a study with one budget."""
+def add_budget(parser: cli.Parser) -> None:
+  """The flags of a study with one learning rate and one budget."""
+  add_learning_rate(parser)
   parser.add_argument(
     "--epochs", type=int, default=4, help="of a run (default: %(default)s)"
   )
 
 
-def nothing_there(args: argparse.Namespace) -> str:
-  """What a study says that has no run to report."""
-  return f"--out {args.out}: no run is there; leave out --report to train them"
+def trained(
+  args: argparse.Namespace,
+  configs: Mapping[str, Config],
+  factories: Mapping[str, grid.Factory] = grid.NONE,
+) -> dict[str, compare.Run]:
+  """The complete runs of a study; those missing are trained before.
+
+  Arguments and errors are those of `grid.run`.
+
+  Raises:
+    UsageError: `--report`, which trains none, and nothing is there.
+  """
+  jobs = 0 if args.report else args.jobs
+  runs = grid.run(configs, args.out, jobs, factories)
+  if not runs:
+    raise UsageError(
+      f"--out {args.out}: no run is there; leave out --report to train them"
+    )
+  return runs
 
 
 def check(args: argparse.Namespace) -> None:

@@ -11,11 +11,9 @@ import argparse
 from collections.abc import Sequence
 import itertools
 import math
-import shlex
 import statistics
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -28,11 +26,9 @@ from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
-NAME = "convergence"
 ARMS = (cells.BASELINE, cells.SPARSEOPT)
 # The paper's curves differ most early: after 10 epochs of 90.
 EARLY = 10
@@ -293,7 +289,7 @@ def _band(
   )
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Trains what is missing, and reports.
 
   Raises:
@@ -310,7 +306,7 @@ def study(args: argparse.Namespace, command: str) -> None:
     for pair in pairs
     for config in pair
   }
-  runs = grid.run(every, args.out, 0 if args.report else args.jobs)
+  runs = cells.trained(args, every)
   results = {}
   for label, pairs in wanted.items():
     named = [(cells.name(one), cells.name(other)) for one, other in pairs]
@@ -318,7 +314,7 @@ def study(args: argparse.Namespace, command: str) -> None:
     if found:
       results[label] = compare_pairs(found)
   if not results:
-    raise UsageError(cells.nothing_there(args))
+    raise UsageError(f"--out {args.out}: no pair of runs is complete")
   raw = {
     "network": cells.described(args),
     "learning_rate": cells.learning_rate(args),
@@ -329,13 +325,12 @@ def study(args: argparse.Namespace, command: str) -> None:
     f"{table(results)}\n{len(runs)} of {len(every)} runs; "
     f"{cells.described(args)}, learning rate {cells.learning_rate(args):g}"
   )
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, text, figure(results))
+  return report.Report(raw, text, lambda: figure(results))
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cells.parser(NAME, (__doc__ or "").splitlines()[0])
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
+  cells.add_flags(parser)
   cells.add_conditions(parser, ["rigl-95", "rigl-97"])
   cells.add_learning_rate(parser)
   parser.add_argument(
@@ -345,10 +340,3 @@ def main(arguments: Sequence[str]) -> int:
     default=[10],
     help="epochs (default: %(default)s)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

@@ -21,14 +21,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 import functools
-import pathlib
-import shlex
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
@@ -39,10 +36,8 @@ from sparseopt_jax import data
 from sparseopt_jax import metrics
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.errors import UsageError
 
-NAME = "gradient-skew"
 NORMALIZATIONS = {"batch norm": 0, "layer norm": 1, "none": None}  # axes
 INITIALIZATIONS = ("He", "per neuron")
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97)
@@ -344,7 +339,20 @@ def plot_training(axis: Axes, raw: dict[str, Any]) -> None:
   axis.legend(loc="lower right", ncols=2, fontsize="small")
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def figure(raw: dict[str, Any], one: Any) -> Figure:
+  """Ratios, one network's neurons, slopes, and slopes along training."""
+  found = Figure(figsize=(10.5, 8), layout="constrained")
+  title = f"Gradient skew, {raw['dataset']}, {raw['seeds']} seeds"
+  found.suptitle(title, fontweight="bold")
+  axes = found.subplots(2, 2)
+  plot_ratios(axes[0, 0], raw)
+  plot_neurons(axes[0, 1], one, raw["inputs"])
+  plot_slopes(axes[1, 0], raw)
+  plot_training(axes[1, 1], raw)
+  return found
+
+
+def study(args: argparse.Namespace) -> report.Report:
   """Measures and reports; raises UsageError for bad flags or missing data."""
   if args.seeds < 1:
     raise UsageError(f"--seeds must be at least 1, got {args.seeds}")
@@ -357,38 +365,15 @@ def study(args: argparse.Namespace, command: str) -> None:
     raise UsageError(f"--dataset {args.dataset}: {error}") from error
   found = measure_all(examples, args.seeds, args.steps)
   raw = {"dataset": args.dataset, "seeds": args.seeds, **found}
-  with matplotlib.rc_context(plots.STYLE):
-    figure = Figure(figsize=(10.5, 8), layout="constrained")
-    title = f"Gradient skew, {args.dataset}, {args.seeds} seeds"
-    figure.suptitle(title, fontweight="bold")
-    axes = figure.subplots(2, 2)
-    plot_ratios(axes[0, 0], raw)
-    one = at_initialization(examples, "batch norm", "He", 0)
-    plot_neurons(axes[0, 1], one, raw["inputs"])
-    plot_slopes(axes[1, 0], raw)
-    plot_training(axes[1, 1], raw)
-    report.save(args.out, NAME, command, raw, table(raw), figure)
+  one = at_initialization(examples, "batch norm", "He", 0)
+  return report.Report(raw, table(raw), lambda: figure(raw, one))
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cli.Parser(
-    prog=f"python -m sparseopt_jax.studies {NAME}",
-    description=(__doc__ or "").splitlines()[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-  )
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
   add = parser.add_argument
   names = ("digits", "fashion_mnist")
   add("--dataset", choices=names, default="digits", help="whose images to take")
   add("--data-dir", help="folder of the data sets")
-  out = pathlib.Path("runs") / NAME
-  add("--out", type=pathlib.Path, default=out, help="folder of the results")
   add("--seeds", type=int, default=10, help="networks a figure")
   add("--steps", type=int, default=3000, help="training steps")
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

@@ -37,14 +37,14 @@ _stopped = False
 # Makes an optimiser, with the arguments of `training.optimizer.create`; a
 # function of a module, so that it can be sent to a worker.
 Factory = Callable[..., Any]
-_NONE: Mapping[str, Factory] = {}
+NONE: Mapping[str, Factory] = {}
 
 
 def run(
   cells: Mapping[str, Config],
   folder: pathlib.Path,
   jobs: int,
-  factories: Mapping[str, Factory] = _NONE,
+  factories: Mapping[str, Factory] = NONE,
 ) -> dict[str, compare.Run]:
   """Trains what is not there yet.
 
@@ -152,7 +152,7 @@ def _places(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
 def collect(
   cells: Mapping[str, Config],
   folder: pathlib.Path,
-  factories: Mapping[str, Factory] = _NONE,
+  factories: Mapping[str, Factory] = NONE,
 ) -> dict[str, compare.Run]:
   """The runs that are complete, by name."""
   found = {}

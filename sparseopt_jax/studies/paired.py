@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 import statistics
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,9 +15,7 @@ from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
-from sparseopt_jax.training import plots
 from sparseopt_jax.training.config import Config
-from sparseopt_jax.training.errors import UsageError
 
 Runs = Mapping[str, Mapping[int, compare.Run]]
 
@@ -42,19 +39,15 @@ class Cell(NamedTuple):
 
 
 def study(
-  name: str,
   args: argparse.Namespace,
-  command: str,
   wanted: list[Cell],
   about: dict[str, Any],
   note: str,
-) -> None:
+) -> report.Report:
   """Trains what is missing, and reports.
 
   Args:
-    name: The study.
     args: The flags of all studies.
-    command: What was run.
     wanted: All runs, in order of the report.
     about: What the raw results say beside the runs.
     note: What the table says beside them.
@@ -64,9 +57,7 @@ def study(
   """
   every = {cell.name: cell.config for cell in wanted}
   factories = {cell.name: cell.factory for cell in wanted if cell.factory}
-  runs = grid.run(every, args.out, 0 if args.report else args.jobs, factories)
-  if not runs:
-    raise UsageError(cells.nothing_there(args))
+  runs = cells.trained(args, every, factories)
   found: dict[str, dict[str, dict[int, compare.Run]]] = {}
   for cell in wanted:
     if cell.name in runs:
@@ -90,8 +81,7 @@ def study(
     f"{cells.described(args)}, {args.epochs} epochs, learning rate "
     f"{cells.learning_rate(args):g}{note}"
   )
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, name, command, raw, text, figure(results))
+  return report.Report(raw, text, lambda: figure(results))
 
 
 def summarise(

@@ -14,7 +14,6 @@ import pathlib
 import shlex
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,12 +22,10 @@ from sparseopt_jax import metrics
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import folder as folder_lib
-from sparseopt_jax.training import plots
 from sparseopt_jax.training import recipes
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
-NAME = "paper-tables"
 CIFAR, IMAGENET = "cifar100-resnet20", "imagenet-resnet50"
 BASELINE, SPARSEOPT = "baseline", "SparseOpt"
 TITLES = {
@@ -361,7 +358,7 @@ def _gains(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
   axis.set_xticks(sorted({row["epochs"] for row in rows}))
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Collects and reports.
 
   Raises:
@@ -379,23 +376,11 @@ def study(args: argparse.Namespace, command: str) -> None:
   )
   raw = {"cells": rows, "gains": differences, "finished_runs": len(runs)}
   whole = f"{text(rows, differences)}\n\n{note}"
-  with matplotlib.rc_context(plots.STYLE):
-    report.save(args.out, NAME, command, raw, whole, figure(differences))
+  return report.Report(raw, whole, lambda: figure(differences))
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cli.Parser(
-    prog=f"python -m sparseopt_jax.studies {NAME}",
-    description=(__doc__ or "").splitlines()[0],
-  )
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=pathlib.Path("runs/paper"),
-    help="folder of the results, and of the commands' runs (default: "
-    "%(default)s)",
-  )
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
   parser.add_argument(
     "--runs",
     type=pathlib.Path,
@@ -403,10 +388,3 @@ def main(arguments: Sequence[str]) -> int:
     default=[],
     help="folders that hold finished runs (default: that of --out)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)

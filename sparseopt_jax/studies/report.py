@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 import pathlib
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -57,27 +58,31 @@ def make(folder: pathlib.Path) -> None:
     raise UsageError(f"--out {folder}: {error.strerror}") from None
 
 
-def save(
-  folder: pathlib.Path,
-  name: str,
-  command: str,
-  raw: dict[str, Any],
-  table: str,
-  figure: Figure,
-) -> None:
-  """Writes NAME.json, NAME.txt and NAME.png, and prints the table.
+class Report(NamedTuple):
+  """What a study has found.
 
-  Args:
-    folder: Made if it is not there.
-    name: The study.
-    command: What was run.
-    raw: The results; versions and device are added.
+  Attributes:
+    raw: The results.
     table: For people.
-    figure: Made within `matplotlib.rc_context(plots.STYLE)`.
+    figure: Draws them; called in the package's style.
   """
-  make(folder)
-  content = {"command": command, **telling.surroundings(), **raw}
-  records.write_json(folder / f"{name}.json", content)
-  records.write_bytes(folder / f"{name}.txt", f"{table}\n".encode())
-  records.write_bytes(folder / f"{name}.png", plots.png(figure))
-  print(f"{table}\n{folder / name}.json, .txt, .png")
+
+  raw: dict[str, Any]
+  table: str
+  figure: Callable[[], Figure]
+
+  def save(self, folder: pathlib.Path, name: str, command: str) -> None:
+    """Writes NAME.json, NAME.txt and NAME.png, and prints the table.
+
+    Args:
+      folder: Made if it is not there.
+      name: The study.
+      command: What was run; with it come versions and device.
+    """
+    make(folder)
+    content = {"command": command, **telling.surroundings(), **self.raw}
+    records.write_json(folder / f"{name}.json", content)
+    records.write_bytes(folder / f"{name}.txt", f"{self.table}\n".encode())
+    with matplotlib.rc_context(plots.STYLE):
+      records.write_bytes(folder / f"{name}.png", plots.png(self.figure()))
+    print(f"{self.table}\n{folder / name}.json, .txt, .png")

@@ -7,16 +7,13 @@ control for what the correction does to RigL.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 import dataclasses
-import shlex
 
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import paired
+from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training.config import Config
-
-NAME = "topologies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +55,7 @@ def configs(
   ]
 
 
-def study(args: argparse.Namespace, command: str) -> None:
+def study(args: argparse.Namespace) -> report.Report:
   """Trains what is missing, and reports.
 
   Raises:
@@ -72,15 +69,13 @@ def study(args: argparse.Namespace, command: str) -> None:
     for variant in VARIANTS
     for config in configs(args, variant, sparsity)
   ]
-  note = ", not tuned for a topology"
-  paired.study(NAME, args, command, wanted, {}, note)
+  return paired.study(args, wanted, {}, ", not tuned for a topology")
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command and returns its exit code."""
-  parser = cells.parser(NAME, (__doc__ or "").splitlines()[0], seeds=3)
-  cells.add_learning_rate(parser)
-  cells.add_epochs(parser)
+def add_flags(parser: cli.Parser) -> None:
+  """Adds those of this study."""
+  cells.add_flags(parser, seeds=3)
+  cells.add_budget(parser)
   parser.add_argument(
     "--sparsities",
     nargs="+",
@@ -88,10 +83,3 @@ def main(arguments: Sequence[str]) -> int:
     default=[90, 95],
     help="in percent (default: %(default)s)",
   )
-
-  def command() -> None:
-    args = parser.parse_args(arguments)
-    words = ["python", "-m", "sparseopt_jax.studies", NAME, *arguments]
-    study(args, shlex.join(words))
-
-  return cli.run(command)
