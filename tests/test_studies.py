@@ -23,7 +23,6 @@ from scipy import stats
 import sparseopt_jax
 from sparseopt_jax import compare
 from sparseopt_jax import inspection
-from sparseopt_jax import train
 from sparseopt_jax.data import npz_source
 from sparseopt_jax.studies import __main__ as command
 from sparseopt_jax.studies import ablations
@@ -94,6 +93,9 @@ def leave(folder, config, accuracies, factory=None, **last):
   (folder / folder_lib.CONFIG).write_text(json.dumps(identity))
   summary = {"device": "abacus", "platform": "wood", "versions": {}}
   (folder / folder_lib.SUMMARY).write_text(json.dumps(summary))
+
+
+STUDIES = "sparseopt_jax.studies"
 
 
 def arguments(study, out, *words):
@@ -390,6 +392,18 @@ def test_the_grid_of_the_baseline(tmp_path, monkeypatch, capsys):
   assert command.main(["baseline", *words, *rates]) == 0
   assert results(tmp_path, "baseline")["main_effects"] == {}
   assert "8 of 12 runs" in capsys.readouterr().out
+
+
+def test_a_learning_rate_has_its_colour_in_an_unfinished_grid():
+  grid_of = baseline.choices([0.02, 0.1, 0.2])
+  found = {choice: [run_of([0.1, 0.2])] for choice in grid_of[1:]}
+  colors = {}
+  for axis in baseline.figure(found).axes:
+    for line in axis.get_lines():
+      colors.setdefault(line.get_label(), set()).add(line.get_color())
+  assert colors.keys() == {"0.02", "0.1", "0.2"}
+  assert len(set.union(*colors.values())) == 3
+  assert all(len(own) == 1 for own in colors.values())
 
 
 # --- The grid -----------------------------------------------------------------
@@ -943,84 +957,62 @@ def test_topologies_end_to_end(tmp_path):
 # --- The paper's tables -------------------------------------------------------
 
 
-def cell_of(recipe, topology, sparsity, epochs, arm):
+def pair_of(*place):
   (found,) = [
-    cell
-    for cell in paper_tables.cells()
-    if (cell.recipe, cell.topology, cell.sparsity, cell.epochs, cell.arm)
-    == (recipe, topology, sparsity, epochs, arm)
+    pair
+    for pair in paper_tables.pairs()
+    if (pair.recipe, pair.topology, pair.sparsity, pair.epochs) == place
   ]
   return found
 
 
 @pytest.mark.parametrize(
-  ("place", "accuracy"),
+  ("place", "published"),
   [
-    (("cifar100-resnet20", "rigl", 0.95, 100, "baseline"), 55.80),
-    (("cifar100-resnet20", "rigl", 0.95, 500, "SparseOpt"), 61.74),
-    (("cifar100-resnet20", "rigl", 0.95, 200, "HAM"), 58.76),
-    (("cifar100-resnet20", "rigl", 0.95, 300, "SparseOpt and HAM"), 60.91),
-    (("cifar100-resnet20", "rigl", 0.97, 100, "SparseOpt"), None),
-    (("imagenet-resnet50", "rigl", 0.90, 90, "SparseOpt"), 74.41),
-    (("imagenet-resnet50", "set", 0.90, 270, "baseline"), 75.17),
-    (("imagenet-resnet50", "set", 0.95, 180, "SparseOpt"), 73.75),
-    (("imagenet-resnet50", "rigl", 0.97, 90, "baseline"), 69.94),
-    (("imagenet-resnet50", "set", 0.97, 270, "SparseOpt"), 72.73),
+    (("cifar100-resnet20", "rigl", 0.90, 200), (None, None, 0.19)),
+    (("cifar100-resnet20", "rigl", 0.95, 100), (55.80, 56.80, 1.00)),
+    (("cifar100-resnet20", "rigl", 0.95, 500), (61.45, 61.74, 0.29)),
+    (("cifar100-resnet20", "rigl", 0.97, 200), (None, None, 2.14)),
+    (("imagenet-resnet50", "rigl", 0.90, 90), (73.88, 74.41, 0.53)),
+    (("imagenet-resnet50", "set", 0.90, 270), (75.17, 74.85, -0.32)),
+    (("imagenet-resnet50", "rigl", 0.97, 90), (69.94, 71.15, 1.21)),
+    (("imagenet-resnet50", "set", 0.97, 270), (72.65, 72.73, 0.08)),
   ],
 )
-def test_published_accuracies(place, accuracy):
-  assert cell_of(*place).published == accuracy
+def test_published_figures(place, published):
+  pair = pair_of(*place)
+  assert (pair.baseline, pair.sparseopt, pair.gain) == published
 
 
-def test_published_gains():
-  gains = {
-    (g.baseline.recipe, g.baseline.condition): g.published
-    for g in paper_tables.gains()
-  }
-  assert len(gains) == 12 + 18
-  assert gains["cifar100-resnet20", "rigl-90, 200 epochs"] == 0.19
-  assert gains["cifar100-resnet20", "rigl-97, 200 epochs"] == 2.14
-  assert gains["cifar100-resnet20", "rigl-95, 500 epochs"] == 0.29
-  assert gains["imagenet-resnet50", "rigl-97, 90 epochs"] == 1.21
-  assert gains["imagenet-resnet50", "set-90, 270 epochs"] == -0.32
-  # Both halves of the paper's own table agree where it gives both.
-  for gain in paper_tables.gains():
-    if gain.baseline.published is not None:
-      difference = gain.sparseopt.published - gain.baseline.published
-      assert gain.published == pytest.approx(difference, abs=0.011)
-
-
-def test_every_command_can_be_run(tmp_path):
-  cells_ = paper_tables.cells()
-  assert len(cells_) == 24 + 8 + 36
-  folders = set()
-  for cell in cells_:
-    line = cell.command(tmp_path)
-    if "HAM" in cell.arm:
-      assert line == "no flag of the trainer; see the study ablations"
-      continue
+def test_the_commands_train_pairs_of_the_tables(tmp_path, capsys):
+  """The flags of convergence are those that a finished run is found by."""
+  assert len(paper_tables.pairs()) == 12 + 18
+  assert command.main(["paper-tables", "--out", str(tmp_path)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  lines = [line for line in lines if line.startswith("python")]
+  assert len(lines) == 2
+  for line in lines:
     words = shlex.split(line)
-    assert words[:3] == ["python", "-m", "sparseopt_jax.train"]
-    config = train.parse(words[3:])
-    assert config.identity() == cell.config().identity()
-    assert (config.sparsity, config.epochs) == (cell.sparsity, cell.epochs)
-    assert config.topology == cell.topology
-    assert (config.correction == "on") == (cell.arm == "SparseOpt")
-    assert pathlib.Path(config.workdir).parent == tmp_path
-    folders.add(config.workdir)
-  assert len(folders) == 24 + 36
+    assert words[:4] == ["python", "-m", STUDIES, "convergence"]
+    args = arguments(convergence, "out", *words[4:])
+    for condition in args.conditions:
+      (pair, *_) = convergence.runs_of(args, condition, args.budgets[0])
+      topology, sparsity = condition.split("-")
+      place = args.recipe, topology, int(sparsity) / 100, args.budgets[0]
+      for config, correction in zip(pair, ("off", "on"), strict=True):
+        wanted = pair_of(*place).config(correction).identity()
+        assert {**config.identity(), "measure_skew": False} == wanted
 
 
 def test_paper_tables_collect_finished_runs(tmp_path, capsys):
-  place = ("cifar100-resnet20", "rigl", 0.95, 100)
-  baseline = cell_of(*place, "baseline").config()
-  sparseopt = cell_of(*place, "SparseOpt").config()
+  pair = pair_of("cifar100-resnet20", "rigl", 0.95, 100)
+  baseline, sparseopt = pair.config("off"), pair.config("on")
   runs = tmp_path / "runs"
   for seed, accuracy in enumerate((0.55, 0.56, 0.60)):
     config = dataclasses.replace(baseline, seed=seed)
     leave(runs / f"b{seed}", config, [0.1, accuracy])
   for seed, accuracy in ((1, 0.58), (2, 0.61), (7, 0.99)):
-    config = dataclasses.replace(sparseopt, seed=seed)
+    config = dataclasses.replace(sparseopt, seed=seed, measure_skew=True)
     leave(runs / f"s{seed}", config, [0.1, accuracy])
   other = dataclasses.replace(baseline, weight_decay=1e-3)
   leave(runs / "other", other, [0.9])
@@ -1028,22 +1020,18 @@ def test_paper_tables_collect_finished_runs(tmp_path, capsys):
   words = ["paper-tables", "--out", str(tmp_path / "out"), "--runs"]
   assert command.main([*words, str(runs), str(tmp_path / "alone")]) == 0
   found = results(tmp_path / "out", "paper-tables")
-  rows = {(row["recipe"], row["label"]): row for row in found["cells"]}
-  own = rows[place[0], "rigl-95, 100 epochs, baseline"]["own"]
+  with_own = [row for row in found["pairs"] if any(row["seeds"].values())]
+  (row,) = with_own
+  assert row["label"] == "rigl-95, 100 epochs"
   # Of 55, 56, 60 and 57: standard error sqrt(14 / 3) / 2; t of 3: 3.18.
   half = 3.18245 * (14 / 3) ** 0.5 / 2
-  assert own["interval"] == pytest.approx([57.0, half], rel=1e-4)
-  assert own["seeds"] == 4
-  with_own = [row["label"] for row in found["gains"] if row["own"]]
-  assert with_own == ["rigl-95, 100 epochs"]
-  (gain,) = [row["own"] for row in found["gains"] if row["own"]]
+  assert row["own"]["baseline"] == pytest.approx([57.0, half], rel=1e-4)
   # Of 2 and 1: standard error 0.5.
-  assert gain["interval"] == pytest.approx([1.5, 0.5 * 12.7062], rel=1e-4)
-  assert gain["seeds"] == 2
+  assert row["own"]["gain"] == pytest.approx([1.5, 0.5 * 12.7062], rel=1e-4)
+  assert row["seeds"] == {"baseline": 4, "sparseopt": 3, "gain": 2}
   printed = capsys.readouterr().out
-  assert "7 of 8 finished runs have the flags of a cell" in printed
+  assert "7 of 8 finished runs have the flags of a pair" in printed
   assert "57.00 ± 3.44" in printed
-  assert "python -m sparseopt_jax.train --recipe=imagenet-resnet50" in printed
 
 
 # --- Bad input ----------------------------------------------------------------

@@ -140,23 +140,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def figure(found: Found) -> Figure:
   """Learning curves: a panel a network, a line a learning rate."""
   networks = list(dict.fromkeys(choice.network for choice in found))
+  rates = sorted({choice.learning_rate for choice in found})
+  colors = {rate: f"C{number}" for number, rate in enumerate(rates)}
   result = Figure(figsize=(4 * len(networks), 3.6), layout="constrained")
   axes: Any = result.subplots(1, len(networks), squeeze=False, sharey=True)
   for axis, network in zip(axes[0], networks, strict=True):
     axis.set_title(network)
     mine = {c: runs for c, runs in found.items() if c.network == network}
-    _curves(axis, mine)
+    _curves(axis, mine, colors)
+    axis.legend(title="learning rate")
   axes[0, 0].set_ylabel("test accuracy")
-  axes[0, 0].legend(title="learning rate")
   return result
 
 
-def _curves(axis: Axes, found: Found) -> None:
+def _curves(axis: Axes, found: Found, colors: dict[float, str]) -> None:
   for choice, runs in found.items():
     values = [[line["test_accuracy"] for line in run.lines] for run in runs]
     epochs = [line["epoch"] for line in runs[0].lines]
     label = f"{choice.learning_rate:g}"
-    axis.plot(epochs, np.mean(values, axis=0), "o-", ms=4, label=label)
+    color = colors[choice.learning_rate]
+    mean = np.mean(values, axis=0)
+    axis.plot(epochs, mean, "o-", ms=4, label=label, color=color)
   axis.set_xlabel("epoch")
   axis.xaxis.set_major_locator(MaxNLocator(integer=True))
   axis.yaxis.set_major_formatter(PercentFormatter(1.0))
