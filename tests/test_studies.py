@@ -724,28 +724,21 @@ def test_dead_neurons_are_left_out():
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 
-def test_inverted_correction_divides_by_its_factors():
+@pytest.mark.parametrize(
+  ("of_mask", "exponent"),
+  [(ablations.inverse, -0.5), (ablations.inverse_root, 0.25)],
+)
+def test_corrections_of_another_exponent(of_mask, exponent):
+  """f_i n_out / nnz to the exponent, 1/2 for the correction."""
   rng = np.random.default_rng(4)
   mask = rng.random((12, 8)) < 0.4
   mask[:, 3] = False
   params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
-  tx = rescaled(mask, ablations.inverse)
+  tx = rescaled(mask, of_mask)
   updates, _, grads, _ = first_update(tx, params)
-  factor = np.where(mask.any(axis=0), factors(mask), 1)
-  expected = np.where(mask, -np.array(grads["kernel"]) / factor, 0)
-  np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
-
-
-def test_half_the_exponent_takes_the_root_of_its_factors():
-  rng = np.random.default_rng(5)
-  mask = rng.random((12, 8)) < 0.4
-  mask[:, 3] = False
-  params = {"kernel": jnp.asarray(rng.normal(size=mask.shape), jnp.float32)}
-  tx = rescaled(mask, ablations.inverse_root)
-  updates, _, grads, _ = first_update(tx, params)
-  fan_in = mask.sum(axis=0)
-  factor = (fan_in * 8 / fan_in.sum()) ** 0.25
-  expected = np.where(mask, -factor * np.array(grads["kernel"]), 0)
+  fan_in = np.maximum(mask.sum(axis=0), 1)
+  factor = (fan_in * 8 / mask.sum()) ** exponent
+  expected = np.where(mask, -np.array(grads["kernel"]) * factor, 0)
   np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
 
 

@@ -103,6 +103,17 @@ def learning_rate(args: argparse.Namespace) -> float:
   return Config(**_base(args)).learning_rate
 
 
+def about(
+  args: argparse.Namespace, runs: Mapping[str, compare.Run]
+) -> dict[str, Any]:
+  """What raw results say of all their runs."""
+  return {
+    "network": described(args),
+    "learning_rate": learning_rate(args),
+    "trained_on": grid.trained_on(args.out, runs),
+  }
+
+
 def described(args: argparse.Namespace) -> str:
   """The network and the data set, for people."""
   config = Config(**_base(args))

@@ -23,7 +23,6 @@ import numpy as np
 from sparseopt_jax import compare
 from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
-from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training.config import Config
@@ -315,12 +314,7 @@ def study(args: argparse.Namespace) -> report.Report:
       results[label] = compare_pairs(found)
   if not results:
     raise UsageError(f"--out {args.out}: no pair of runs is complete")
-  raw = {
-    "network": cells.described(args),
-    "learning_rate": cells.learning_rate(args),
-    "trained_on": grid.trained_on(args.out, runs),
-    "results": results,
-  }
+  raw = {**cells.about(args, runs), "results": results}
   text = (
     f"{table(results)}\n{len(runs)} of {len(every)} runs; "
     f"{cells.described(args)}, learning rate {cells.learning_rate(args):g}"

@@ -69,13 +69,7 @@ def study(
   results = {
     condition: summarise(each, variants) for condition, each in found.items()
   }
-  raw = {
-    "network": cells.described(args),
-    "learning_rate": cells.learning_rate(args),
-    **about,
-    "trained_on": grid.trained_on(args.out, runs),
-    "results": results,
-  }
+  raw = {**cells.about(args, runs), **about, "results": results}
   text = (
     f"{table(results)}\n{len(runs)} of {len(every)} runs; "
     f"{cells.described(args)}, {args.epochs} epochs, learning rate "
