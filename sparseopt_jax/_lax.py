@@ -1,8 +1,6 @@
 """Operations that `jax.lax` does not have."""
 
 from collections.abc import Callable, Sequence
-import functools
-import math
 import operator
 from typing import Any
 
@@ -15,10 +13,11 @@ import numpy as np
 
 def linear_index(shape: tuple[int, ...]) -> Array:
   """The row-major position of each element; uint32."""
-  iota = functools.partial(lax.broadcasted_iota, jnp.uint32, shape)
-  strides = [np.uint32(math.prod(shape[i + 1 :])) for i in range(len(shape))]
-  start = jnp.zeros(shape, jnp.uint32)
-  return sum((stride * iota(i) for i, stride in enumerate(strides)), start)
+  index = jnp.zeros(shape, jnp.uint32)
+  for axis, size in enumerate(shape):
+    iota = lax.broadcasted_iota(jnp.uint32, shape, axis)
+    index = index * np.uint32(size) + iota
+  return index
 
 
 def sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
