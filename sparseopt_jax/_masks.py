@@ -137,19 +137,18 @@ def _choose(
     chosen = [k and n in others for k, n in zip(kernels, names, strict=True)]
   else:
     chosen = _resolve("sparse", rule, params)
-  found = []
   for i, name in enumerate(names):
-    has_mask = not _paths.is_masked_node(given.get(name))
     if name in given:
+      has_mask = not _paths.is_masked_node(given[name])
       text = f"sparse must be {has_mask} for {name!r}, as masks say"
       check(rule is None or has_mask == chosen[i], text, chosen[i])
-    if has_mask if name in given else chosen[i]:
+      chosen[i] = has_mask
+    if chosen[i]:
       check(names.count(name) == 1, "sparse must choose different paths", name)
       _check_leaf(name, shapes[i], stacks[i])
-      found.append(i)
   text = "sparse must choose a leaf, by default kernels: two axes longer than 1"
-  check(found, f"{text}, no name of a bias, scale or embedding", names)
-  return found
+  check(any(chosen), f"{text}, no name of a bias, scale or embedding", names)
+  return [i for i, is_sparse in enumerate(chosen) if is_sparse]
 
 
 def _input_axes(rule: Any, name: str, leaf: Any, stack: int) -> tuple:
