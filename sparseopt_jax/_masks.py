@@ -189,17 +189,16 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
 
   A layer of a stack is named as in 'blocks/kernel[2]'.
   """
-  shapes, places = {}, {}
+  shapes = {}
   for leaf in layers:
     for index in np.ndindex(leaf.target.shape):
       name = leaf.path + (str([*index]) if index else "")
       shapes[name] = leaf.weight.shape[leaf.stacked :]
-      places[name] = leaf.target, index
   how = options.sparsity, options.distribution
-  for name, n in _distributions.active_counts(shapes, *how).items():
-    target, index = places[name]
-    target[index] = n
+  # In the order of the shapes.
+  counts = iter(_distributions.active_counts(shapes, *how).values())
   for leaf in layers:
+    leaf.target.flat[:] = [next(counts) for _ in range(leaf.target.size)]
     leaf.target.flags.writeable = False  # A plan is used more than once.
 
 
