@@ -48,7 +48,7 @@ def planner(options: Options) -> Callable[[optax.Params], list[Layer]]:
   """A function that finds the sparse leaves of parameters.
 
   It plans once for parameters of one structure, and not in each trace. What it
-  remembers of them, the last ones, holds no arrays.
+  remembers of them, the last ones, holds none of their arrays.
 
   Errors are those of :func:`sparseopt_jax.sparseopt`.
   """
@@ -68,7 +68,7 @@ def planner(options: Options) -> Callable[[optax.Params], list[Layer]]:
 
 
 def _plan(params: optax.Params, shapes: list, options: Options) -> list[Layer]:
-  """The sparse leaves, with shapes for weights and without masks."""
+  """The sparse leaves, with shapes for weights and the masks that are given."""
   names, values = _paths.names(params), jax.tree.leaves(params)
   stacks = _resolve("stacked", options.stacked, params)
   check(min(stacks, default=0) >= 0, "stacked must be >= 0", options.stacked)
@@ -80,7 +80,7 @@ def _plan(params: optax.Params, shapes: list, options: Options) -> list[Layer]:
     axes = _input_axes(options.output_axis, name, values[i], stack)
     target = np.zeros(shapes[i].shape[:stack], np.int32)  # Filled in below.
     static = (name, i, stack, axes, target, bool(corrected[i]))
-    layers.append(Layer(*static, weight=shapes[i]))
+    layers.append(Layer(*static, weight=shapes[i], mask=given.get(name)))
   is_off = is_bool(options.corrected) and not options.corrected
   rule = f"corrected must be False or choose some of {[x.path for x in layers]}"
   check(is_off or any(x.corrected for x in layers), rule, options.corrected)
@@ -203,11 +203,11 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
 
 
 def with_masks(
-  layers: Sequence[Layer], given: Any, topology: Topology, key: jax.Array
+  layers: Sequence[Layer], topology: Topology, key: jax.Array
 ) -> list[Layer]:
   """The layers with their first masks: given, or as the topology says."""
-  masks = _paths.by_name(given)
-  left = [layer for layer in layers if layer.path not in masks]
+  masks = {layer.path: layer.mask for layer in layers}
+  left = [layer for layer in layers if layer.mask is None]
   if left:
     first = topology.first_masks(left, key)
     masks |= dict(zip([layer.path for layer in left], first, strict=True))

@@ -187,7 +187,7 @@ def sparseopt(
   def init_fn(params: optax.Params) -> SparseOptState:
     # optax.tree.map_params asks with a tree that has no leaves.
     layers = sparse_leaves(params) if jax.tree.leaves(params) else []
-    layers = _masks.with_masks(layers, masks, topology, _key_data(seed))
+    layers = _masks.with_masks(layers, topology, _key_data(seed))
     layers = [x._replace(factor=_factor(x, x.mask)) for x in layers]
     first = _masks.as_tree(params, layers, [x.mask for x in layers])
     factors: Any = tuple(x.factor for x in layers)
