@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 import fnmatch
-import functools
 import math
 import re
 from typing import Any
@@ -144,11 +143,10 @@ def _by_pattern(densities: dict[str, float]) -> Distribution:
   def densities_of(shapes: Shapes, sparsity: float) -> dict[str, float]:
     given: dict[str, float] = {}
     for pattern, density in densities.items():
-      matches = filter(functools.partial(_is_match, pattern=pattern), shapes)
-      found = dict.fromkeys(matches, density)
+      found = [path for path in shapes if _is_match(path, pattern)]
       rule = f"distribution must match some of {', '.join(shapes)}"
       check(found, rule, pattern)
-      given = found | given  # The first pattern counts.
+      given = dict.fromkeys(found, density) | given  # The first pattern counts.
     rest = {path: shapes[path] for path in shapes if path not in given}
     return given | erk(rest, sparsity)
 
