@@ -108,7 +108,7 @@ def _resolve(argument: str, rule: Any, params: Any) -> list:
 def _given(masks: Any, leaves: dict[str, Any]) -> dict[str, Any]:
   """The argument ``masks`` by path: arrays, and MaskedNodes."""
   found: dict[str, Any] = {}
-  for name, mask in _paths.by_name(masks).items():
+  for name, mask in _paths.by_name(masks, _paths.is_masked_node).items():
     if _paths.is_masked_node(mask):  # It may stand for a subtree.
       inside = [x for x in leaves if not name or x.startswith(f"{name}/")]
       found |= dict.fromkeys([name] if name in leaves else inside, mask)

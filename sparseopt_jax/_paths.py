@@ -23,7 +23,7 @@ def names(tree: Any) -> list[str]:
   return [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def by_name(tree: Any) -> dict[str, Any]:
-  """The leaves of a tree, MaskedNodes among them, by their names."""
-  pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_masked_node)
+def by_name(tree: Any, is_leaf: Any = None) -> dict[str, Any]:
+  """The leaves of a tree by their names."""
+  pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
   return {name(path): leaf for path, leaf in pairs}

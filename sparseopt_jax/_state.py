@@ -186,8 +186,7 @@ def apply_masks(params: optax.Params, opt_state: optax.OptState) -> Any:
   """
   masks: dict[str, jax.Array] = {}
   for state in find_states(opt_state):
-    values = jax.tree.leaves(settled(state))
-    masks |= dict(zip(_paths.names(state.masks), values, strict=True))
+    masks |= _paths.by_name(settled(state))
   unknown = masks.keys() - set(_paths.names(params))
   check(not unknown, "params must hold a leaf for each mask", sorted(unknown))
 

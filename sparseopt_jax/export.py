@@ -169,8 +169,8 @@ _MAKERS: dict[str, Callable[[np.ndarray, np.ndarray], Any]] = {
 
 
 def _flatten(tree: Any) -> dict[str, np.ndarray]:
-  leaves = map(np.asarray, jax.tree.leaves(tree))
-  return dict(zip(_paths.names(tree), leaves, strict=True))
+  leaves = _paths.by_name(tree)
+  return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def _nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:

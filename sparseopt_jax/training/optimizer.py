@@ -31,8 +31,8 @@ def sparse_paths(params: Any, dense_layers: tuple[str, ...]) -> set[str]:
   Raises:
     UsageError: A pattern that matches no kernel, or nothing left to be sparse.
   """
-  leaves = zip(_paths.names(params), jax.tree.leaves(params), strict=True)
-  kernels = {path for path, leaf in leaves if len(leaf.shape) > 1}
+  leaves = _paths.by_name(params)
+  kernels = {path for path, leaf in leaves.items() if len(leaf.shape) > 1}
   dense: set[str] = set()
   for pattern in dense_layers:
     matches = set(fnmatch.filter(kernels, pattern))

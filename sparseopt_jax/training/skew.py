@@ -121,7 +121,6 @@ def figures(state: SkewState) -> dict[str, Any]:
   moments = {
     path: np.asarray(jax.device_get(each), np.float64)
     for path, each in _paths.by_name(state.moments).items()
-    if not _paths.is_masked_node(each)
   }
   names = ("skew_slope", "skew_slope_before", "skew_slope_after")
   total = sum(moments.values(), np.zeros((3, 2)))

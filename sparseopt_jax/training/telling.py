@@ -184,9 +184,8 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
 
 
 def _masks(opt_state: Any) -> dict[str, np.ndarray]:
-  masks = sparseopt_jax.get_masks(opt_state)
-  values = map(on_host, jax.tree.leaves(masks))
-  return dict(zip(_paths.names(masks), values, strict=True))
+  masks = _paths.by_name(sparseopt_jax.get_masks(opt_state))
+  return {path: on_host(mask) for path, mask in masks.items()}
 
 
 def _layer(mask: np.ndarray) -> dict[str, float]:
