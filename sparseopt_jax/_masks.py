@@ -57,10 +57,9 @@ def planner(options: Options) -> Callable[[optax.Params], list[Layer]]:
   def sparse_leaves(params: optax.Params) -> list[Layer]:
     nonlocal last
     found = last  # Another thread may trace as well.
-    shapes = jax.eval_shape(lambda tree: tree, params)
-    kind = jax.tree.structure(shapes), jax.tree.leaves(shapes)
+    kind = jax.tree.flatten(jax.eval_shape(lambda tree: tree, params))
     if found[0] != kind:
-      last = found = kind, _plan(params, kind[1], options)
+      last = found = kind, _plan(params, kind[0], options)
     leaves = jax.tree.leaves(params)
     return [x._replace(weight=leaves[x.place]) for x in found[1]]
 
