@@ -262,14 +262,11 @@ class SET(Topology):
     if callable(self.drop_fraction):
       given = self.drop_fraction(count)
       check_type(is_real(given), "drop_fraction must give a scalar", given)
-      fraction = jnp.asarray(given, jnp.float32)
     else:
-      # Not beyond T, where the cosine rises again.
-      count = jnp.minimum(count, self.update_until)
-      angle = jnp.float32(jnp.pi) * count.astype(jnp.float32)
-      angle /= jnp.float32(max(self.update_until, 1))
-      fraction = jnp.float32(self.drop_fraction) / 2 * (1 + jnp.cos(angle))
-    return jnp.clip(fraction, 0.0, 1.0)
+      steps = max(self.update_until, 1)
+      cosine = optax.cosine_decay_schedule(float(self.drop_fraction), steps)
+      given = cosine(jnp.float32(count))
+    return jnp.clip(jnp.asarray(given, jnp.float32), 0.0, 1.0)
 
   def num_dropped(self, count: jax.Array, active: jax.Array) -> jax.Array:
     """floor(f * nnz), the product in float32; int32, at most nnz."""
