@@ -263,13 +263,14 @@ def figure(results: dict[str, dict[str, Any]]) -> Figure:
     for arm, intervals in result["along"]["skew_slope_after"].items():
       _band(row[1], intervals, ":", _COLORS[arm], "after mask updates")
     row[1].axhline(0, color="black", lw=0.8)
+    row[2].set_ylim(0, max(1, row[2].get_ylim()[1]))
     row[0].set_ylabel(label, fontweight="bold")
     row[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     row[3].yaxis.set_major_formatter(PercentFormatter(1.0))
   for axis in axes[-1]:
     axis.set_xlabel("epoch")
   axes[0, 0].legend(loc="lower right")
-  axes[0, 1].legend(handles=axes[0, 1].get_lines()[2:3], loc="lower right")
+  axes[0, 1].legend(handles=axes[0, 1].get_lines()[2:3], loc="upper right")
   return found
 
 

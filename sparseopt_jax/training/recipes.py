@@ -58,7 +58,8 @@ RECIPES = {
       "dense_layers": ("Dense_0/*",),
     },
     cost="100 epochs, about 4 hours on 2 CPU cores (at 340 images/s).",
-    reaches="The paper: 56.80 % (with --correction off: 55.80 %).",
+    reaches="The paper: 56.80 % (with --correction off: 55.80 %). Measured "
+    "with --epochs 10: 41.5 % (off: 42.1 %), means of seeds 0 to 2.",
   ),
   "imagenet-resnet50": Recipe(
     {
