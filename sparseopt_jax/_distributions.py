@@ -104,7 +104,7 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 
 def active_counts(shapes: Shapes, sparsity: float, how: Any) -> dict[str, int]:
-  """The number of active weights of each layer, at least one."""
+  """The active weights of each layer, at least one, in the order of shapes."""
   densities = resolve(how)(shapes, sparsity)
   rule = "distribution must return {path: density} for the paths it was given"
   check_type(isinstance(densities, Mapping), rule, densities)

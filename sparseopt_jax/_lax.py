@@ -12,7 +12,7 @@ import numpy as np
 
 
 def linear_index(shape: tuple[int, ...]) -> Array:
-  """The row-major position of each element; uint32."""
+  """The row-major position of each element, modulo 2**32; uint32."""
   index = jnp.zeros(shape, jnp.uint32)
   for axis, size in enumerate(shape):
     iota = lax.broadcasted_iota(jnp.uint32, shape, axis)

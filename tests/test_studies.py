@@ -178,7 +178,11 @@ def test_compare_pairs_by_hand():
   # The first gets to 0.8 in 1.5 epochs instead of 2; the second never to 0.6.
   assert found["speedup"] == pytest.approx((2 / 1.5 + 0) / 2)
   assert found["never"] == 1
-  assert found["along"]["itop_rate"]["SparseOpt"][-1][0] == pytest.approx(0.6)
+  explored = found["along"]["itop_rate"]
+  assert explored["SparseOpt"][-1][0] == pytest.approx(0.6)
+  # Of 0.2 and 0: standard error 0.1.
+  gained = pytest.approx((0.1, 0.1 * 12.7062), rel=1e-4)
+  assert explored["difference"][-1] == gained
   # Of 0 and 2: standard error 1.
   dead = found["dead_neurons"]["difference"]
   assert dead == pytest.approx((1, 12.7062), rel=1e-4)
@@ -200,6 +204,7 @@ def test_the_skew_along_training_is_that_of_the_updates():
   assert found["skew_slope"] == {
     "baseline": [(-0.5, 0.0)] * 2,
     "SparseOpt": [(0.0, 0.0)] * 2,
+    "difference": [(0.5, 0.0)] * 2,
   }
   assert found["skew_slope_after"]["SparseOpt"] == [(0.25, 0.0)] * 2
   assert np.isnan(found["skew_slope_before"]["baseline"]).all()
@@ -314,15 +319,17 @@ def test_convergence_reports_what_is_there(tmp_path, monkeypatch, capsys):
   assert "no run is there" in capsys.readouterr().err
 
   args = arguments(convergence, *words[1:])
+  # A baseline without its partner is not reported.
+  config, _ = convergence.runs_of(args, "rigl-95", 2)[3]
+  leave(tmp_path / cells.name(config), config, [0.1, 0.1])
+  assert command.main(["convergence", *words]) == 2
+  assert "no pair of runs is complete" in capsys.readouterr().err
   accuracies = itertools.count(50)
   for pair in convergence.runs_of(args, "rigl-95", 2)[:3]:
     for config in pair:
       assert config.learning_rate == 0.3
       place = tmp_path / cells.name(config)
       leave(place, config, [0.4, next(accuracies) / 100])
-  # A baseline without its partner is not reported.
-  config, _ = convergence.runs_of(args, "rigl-95", 2)[3]
-  leave(tmp_path / cells.name(config), config, [0.1, 0.1])
   assert command.main(["convergence", *words]) == 0
   found = results(tmp_path)
   assert list(found["results"]) == ["rigl-95, 2"]

@@ -149,24 +149,31 @@ def _paired(values: list[list[float]]) -> dict[str, Any]:
 def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   """{figure: {arm: an interval over the seeds each epoch}}.
 
-  The slope of the skew is that of the updates which the run makes: where
-  SparseOpt is on, 1/2 more than that of the gradient.
+  Beside the arms there is their `difference`, of pairs. The slope of the skew
+  is that of the updates which the run makes: where SparseOpt is on, 1/2 more
+  than that of the gradient.
   """
   columns = zip(ARMS, zip(*found, strict=True), strict=True)
   epochs = {
     arm: list(zip(*(run.lines for run in runs), strict=True))
     for arm, runs in columns
   }
-  return {
-    name: {
+  intervals = {}
+  for name in (*_PANELS, "skew_slope_before", "skew_slope_after"):
+    values = {
       arm.label: [
-        report.interval([_figure(name, line, arm) for line in lines])
-        for lines in epochs[arm]
+        [_figure(name, x, arm) for x in lines] for lines in epochs[arm]
       ]
       for arm in ARMS
     }
-    for name in (*_PANELS, "skew_slope_before", "skew_slope_after")
-  }
+    values["difference"] = [
+      [b - a for a, b in zip(*arms, strict=True)]
+      for arms in zip(*values.values(), strict=True)
+    ]
+    intervals[name] = {
+      label: list(map(report.interval, each)) for label, each in values.items()
+    }
+  return intervals
 
 
 def _figure(name: str, line: dict[str, Any], arm: cells.Arm) -> float:
@@ -225,7 +232,7 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
   header += ["before mask updates", "after", "dead", "ITOP %", "fan-in spread"]
   rows = [header]
   for label, row in results.items():
-    for arm in _COLORS:
+    for arm in (*_COLORS, "difference"):
       found = {name: each[arm] for name, each in row["along"].items()}
       updating = [
         [x for x in found[f"skew_slope_{when}"] if not math.isnan(x[0])]
@@ -257,11 +264,12 @@ def figure(results: dict[str, dict[str, Any]]) -> Figure:
   for row, (label, result) in zip(axes, results.items(), strict=True):
     for axis, (name, title) in zip(row, _PANELS.items(), strict=True):
       axis.set_title(title, fontsize="small")
-      for arm, intervals in result["along"][name].items():
-        _band(axis, intervals, "-", _COLORS[arm], arm)
+      for arm, color in _COLORS.items():
+        _band(axis, result["along"][name][arm], "-", color, arm)
       axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for arm, intervals in result["along"]["skew_slope_after"].items():
-      _band(row[1], intervals, ":", _COLORS[arm], "after mask updates")
+    for arm, color in _COLORS.items():
+      after = result["along"]["skew_slope_after"][arm]
+      _band(row[1], after, ":", color, "after mask updates")
     row[1].axhline(0, color="black", lw=0.8)
     row[2].set_ylim(0, max(1, row[2].get_ylim()[1]))
     row[0].set_ylabel(label, fontweight="bold")

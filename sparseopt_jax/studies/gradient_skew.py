@@ -373,7 +373,22 @@ def add_flags(parser: cli.Parser) -> None:
   """Adds those of this study."""
   add = parser.add_argument
   names = ("digits", "fashion_mnist")
-  add("--dataset", choices=names, default="digits", help="whose images to take")
+  add(
+    "--dataset",
+    choices=names,
+    default="digits",
+    help="whose images to take (default: %(default)s)",
+  )
   add("--data-dir", help="folder of the data sets")
-  add("--seeds", type=int, default=10, help="networks a figure")
-  add("--steps", type=int, default=3000, help="training steps")
+  add(
+    "--seeds",
+    type=int,
+    default=10,
+    help="networks a figure (default: %(default)s)",
+  )
+  add(
+    "--steps",
+    type=int,
+    default=3000,
+    help="training steps (default: %(default)s)",
+  )

@@ -1,7 +1,8 @@
 """The paper's tables: published figures, and what finished runs have reached.
 
 Each row is a pair: the baseline and SparseOpt with the same topology, sparsity
-and number of epochs. The study `convergence` trains such pairs.
+and number of epochs. The study `convergence` trains such pairs. What the paper
+publishes of HAM is left out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 import dataclasses
 import pathlib
+import shlex
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -135,7 +137,7 @@ def accuracies(config: Config, runs: Sequence[compare.Run]) -> dict[int, float]:
   """Final test accuracies in percent by seed, of runs with these flags.
 
   Args:
-    config: The flags; seed and devices do not matter.
+    config: The flags; those of `_ANY` do not matter.
     runs: From `finished`.
   """
   matter = lambda flags: {k: v for k, v in flags.items() if k not in _ANY}
@@ -177,10 +179,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
   lines = [[*header, "gain", "own", "pairs"]]
   for each in rows:
     line = [each["label"]]
-    for figure, sign in (("baseline", ""), ("sparseopt", ""), ("gain", "+")):
-      published = each[figure]
+    for name, sign in (("baseline", ""), ("sparseopt", ""), ("gain", "+")):
+      published = each[name]
       line += ["-" if published is None else f"{published:{sign}.2f}"]
-      line += [report.number(each["own"][figure])]
+      line += [report.number(each["own"][name])]
     lines.append([*line, str(each["seeds"]["gain"])])
   return metrics.aligned(lines)
 
@@ -238,7 +240,7 @@ def study(args: argparse.Namespace) -> report.Report:
     f"{recipe}\n{table([x for x in rows if x['recipe'] == recipe])}\n"
     f"python -m sparseopt_jax.studies convergence --recipe {recipe} "
     f"--conditions {conditions} --budgets {budgets} --data-dir DIR "
-    f"--out {args.out}"
+    f"--out {shlex.quote(str(args.out))}"
     for recipe, conditions, budgets in (
       (CIFAR, "rigl-95 rigl-97", 100),
       (IMAGENET, "rigl-95 set-95", 90),
