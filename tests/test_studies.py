@@ -1079,6 +1079,15 @@ def test_bad_input(line, message, tmp_path, monkeypatch, capsys):
   assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ablations_keep_the_dense_layers_of_a_recipe():
+  args = arguments(ablations, "out", "--recipe", "cifar100-resnet20")
+  recipe = recipes.RECIPES["cifar100-resnet20"].config()
+  assert recipe.dense_layers
+  for variant in ablations.VARIANTS:
+    wanted = variant.dense_layers or recipe.dense_layers
+    assert variant.config(args, "rigl-95", 0).dense_layers == wanted
+
+
 def test_runs_of_other_flags_are_refused(tmp_path, capsys):
   args = arguments(ablations, tmp_path)
   variant = ablations.VARIANTS[0]

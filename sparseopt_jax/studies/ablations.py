@@ -286,7 +286,7 @@ class Variant:
       found = dataclasses.replace(found, learning_rate=ADAM_LEARNING_RATE)
     return dataclasses.replace(
       found,
-      dense_layers=self.dense_layers,
+      dense_layers=self.dense_layers or found.dense_layers,
       measure_skew=self.factory is None,
     )
 
