@@ -210,6 +210,19 @@ def test_clipping_inside_sees_the_corrected_gradient():
   )
 
 
+def test_before_adam_the_correction_all_but_vanishes():
+  """Adam divides each weight's step by the size of its own gradient."""
+  steps = []
+  for corrected in (True, False):
+    tx = _sparsify(optax.adam(0.1), corrected=corrected)
+    params, opt_state = _start(tx)
+    step, opt_state = tx.update(_tree(1), opt_state, params)
+    steps.append(step["kernel"])
+  fan_ins = _mask(opt_state).sum(axis=0)
+  assert len(set(fan_ins.tolist())) > 1
+  np.testing.assert_allclose(*steps, rtol=1e-5)
+
+
 def test_clipping_in_front_sees_the_dense_gradient():
   tx = optax.chain(optax.clip_by_global_norm(0.1), _sparsify(optax.sgd(1.0)))
   params, opt_state = _start(tx)

@@ -274,6 +274,15 @@ def test_stacked_is_an_int(stacked):
     link.init({"kernel": jnp.ones((2, 4, 5))})
 
 
+def test_a_leaf_of_the_name_of_a_slice_is_refused():
+  params = {"a": np.ones((2, 4, 6)), "a[1]": np.ones((4, 6))}
+  link = sparseopt_jax.sparseopt(
+    0.5, stacked={"a": 1, "a[1]": 0}, corrected=True
+  )
+  with pytest.raises(ValueError, match=r"different paths; got 'a\[1\]'"):
+    link.init(params)
+
+
 def test_a_leaf_of_more_weights_than_32_bits_count():
   """In layers that are small enough; nothing is computed here."""
   shape = (3, 46_000, 46_000)

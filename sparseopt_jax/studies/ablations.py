@@ -35,7 +35,6 @@ from sparseopt_jax.training.config import Config
 # does not fade is another schedule: compare normalised with normalised.
 GRADIENT_NORM = 0.8
 HAM = {"alpha": 200.0, "beta": 1e-3}
-ADAM_LEARNING_RATE = 1e-3
 # The first and the last layer.
 ENDS = ("Conv_0/kernel", "Dense_0/kernel")
 # From a layer's mask to the factors of its gradient.
@@ -91,25 +90,6 @@ def decay_first(*arguments: Any) -> Any:
   return optax.chain(parts.decay, sparse)
 
 
-def adam(*arguments: Any) -> Any:
-  """The correction, then Adam with decoupled weight decay."""
-  parts = _parts(*arguments)
-  rate = optax.scale_by_learning_rate(parts.schedule)
-  inner = optax.chain(optax.scale_by_adam(), parts.decay, rate)
-  return sparseopt_jax.sparsify(inner, **parts.masking)
-
-
-def after_adam(*arguments: Any) -> Any:
-  """The correction scales what Adam makes of the gradient."""
-  parts = _parts(*arguments)
-  rate = optax.scale_by_learning_rate(parts.schedule)
-  inner = optax.chain(
-    optax.scale_by_adam(), scale_by_factors(), parts.decay, rate
-  )
-  tx = sparseopt_jax.sparsify(inner, **{**parts.masking, "corrected": False})
-  return with_factors(tx, parts.masking["corrected"], correction)
-
-
 def live_mean(*arguments: Any) -> Any:
   """The mean sparsity of a layer is that of its live neurons."""
   return _rescaled(_parts(*arguments), live_share)
@@ -163,7 +143,7 @@ def scale_by_factors() -> optax.GradientTransformationExtraArgs:
 
 def with_factors(
   tx: optax.GradientTransformationExtraArgs,
-  corrected: inspection.BatchNormalized | Literal[False],
+  corrected: inspection.BatchNormalized,
   factors: Factors,
 ) -> optax.GradientTransformationExtraArgs:
   """Hands factors to `scale_by_factors` inside of an optimiser.
@@ -177,7 +157,7 @@ def with_factors(
   """
 
   def of_leaf(path: tuple, mask: Any) -> Any:
-    is_one = corrected and corrected(_paths.name(path), mask)
+    is_one = corrected(_paths.name(path), mask)
     is_dense = _paths.is_masked_node(mask)
     return factors(mask) if is_one and not is_dense else optax.MaskedNode()
 
@@ -282,8 +262,6 @@ class Variant:
     """One run of it."""
     arm = cells.Arm(self.label, self.correction, self.grow_from)
     found = cells.config(args, condition, arm, args.epochs, seed)
-    if self.factory in (adam, after_adam):
-      found = dataclasses.replace(found, learning_rate=ADAM_LEARNING_RATE)
     return dataclasses.replace(
       found,
       dense_layers=self.dense_layers or found.dense_layers,
@@ -318,13 +296,10 @@ VARIANTS = (
   Variant("SparseOpt, kept alive", "on", "kept alive", kept_alive),
   Variant("dense ends", "off", "baseline", None, ENDS),
   Variant("SparseOpt, dense ends", "on", "dense ends", None, ENDS),
-  Variant("Adam", "off", None, adam),
-  Variant("SparseOpt before Adam", "on", "Adam", adam),
-  Variant("SparseOpt after Adam", "on", "Adam", after_adam),
 )
 
 _NOTE = (
-  f" (Adam: {ADAM_LEARNING_RATE:g}), not tuned for a variant.\n"
+  ", not tuned for a variant.\n"
   f"normalised: the gradient after the link has norm {GRADIENT_NORM:g} in each "
   f"step. HAM: alpha {HAM['alpha']:g}, beta {HAM['beta']:g}.\n"
   f"dense ends: {' and '.join(ENDS)} have no mask; the other layers keep their "
@@ -350,7 +325,6 @@ def study(args: argparse.Namespace) -> report.Report:
     for config in [variant.config(args, condition, seed)]
   ]
   about = {
-    "adam_learning_rate": ADAM_LEARNING_RATE,
     "gradient_norm": GRADIENT_NORM,
     "ham": HAM,
     "dense_ends": ENDS,
