@@ -68,6 +68,15 @@ def test_colab_installs_first(name):
   assert 'if "google.colab" in sys.modules:\n  %pip install' in code[0].source
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_badge_opens_colab(name):
+  """At its upload, which needs no address of this repository."""
+  (first, *_) = read(name).cells
+  badge = "https://colab.research.google.com/assets/colab-badge.svg"
+  link = "https://colab.research.google.com/#upload=true"
+  assert f"[![Open in Colab]({badge})]({link})" in first.source
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_the_end(name, tmp_path):
