@@ -446,7 +446,7 @@ def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
 
   def of(*seeds):
     found = [
-      cells.config(args, "static-90", cells.BASELINE, 1, seed) for seed in seeds
+      cells.config(args, "static-90", seed, correction="off") for seed in seeds
     ]
     return {cells.name(config): config for config in found}
 
@@ -477,7 +477,7 @@ def test_seeds_are_trained_together(data_dir, tmp_path, monkeypatch):
 def test_conditions_of_other_topologies(data_dir, tmp_path, condition):
   words = [*TINY, "--epochs", "1", "--data-dir", str(data_dir)]
   args = arguments(ablations, tmp_path, *words)
-  config = cells.config(args, condition, cells.SPARSEOPT, 1, 0)
+  config = cells.config(args, condition, 0)
   name = cells.name(config)
   assert name == f"{condition}-on-1epochs-lr0.1-seed0"
   runs = grid.run({name: config}, tmp_path, 1)
@@ -535,7 +535,7 @@ def make(epochs):
   parser = cli.Parser()
   cells.add_flags(parser)
   args = parser.parse_args(words)
-  return cells.config(args, "static-90", cells.BASELINE, epochs, 0)
+  return cells.config(args, "static-90", 0, epochs=epochs)
 
 if __name__ == "__main__":
   runs = {"short": make(1), "long": make(100_000)}
@@ -894,7 +894,7 @@ def test_topologies_are_compared_on_a_recipe():
   words = ["--recipe", "cifar100-resnet20", "--width", "4", "--seeds", "2"]
   args = arguments(topologies, "out", *words)
   found = {
-    variant.label: topologies.configs(args, variant, 95)
+    variant.label: [variant.config(args, "rigl-95", seed) for seed in (0, 1)]
     for variant in topologies.VARIANTS
   }
   for label, runs in found.items():
@@ -1058,7 +1058,7 @@ def test_ablations_keep_the_dense_layers_of_a_recipe():
   recipe = recipes.RECIPES["cifar100-resnet20"].config()
   assert recipe.dense_layers
   for variant in ablations.VARIANTS:
-    wanted = variant.dense_layers or recipe.dense_layers
+    wanted = variant.changes.get("dense_layers", recipe.dense_layers)
     assert variant.config(args, "rigl-95", 0).dense_layers == wanted
 
 

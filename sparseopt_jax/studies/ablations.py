@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,10 @@ from sparseopt_jax import _paths
 from sparseopt_jax import inspection
 from sparseopt_jax._state import map_sparse
 from sparseopt_jax.studies import cells
-from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import ham as ham_lib
 from sparseopt_jax.studies import paired
 from sparseopt_jax.studies import report
+from sparseopt_jax.studies.paired import Variant
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training.config import Config
@@ -236,66 +235,28 @@ def keep_alive(topology: sparseopt_jax.Topology) -> sparseopt_jax.Topology:
   return topology if kind is None else kind(**vars(topology))
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  """One way to train.
-
-  Attributes:
-    label: For tables and figures.
-    correction: `Config.correction`.
-    against: The label of the variant to compare with.
-    factory: The optimiser, where no flag of the trainer tells it.
-    dense_layers: `Config.dense_layers`.
-    grow_from: `Config.grow_from`.
-  """
-
-  label: str
-  correction: Literal["on", "off"]
-  against: str | None = None
-  factory: grid.Factory | None = None
-  dense_layers: tuple[str, ...] = ()
-  grow_from: Literal["raw", "corrected"] = "raw"
-
-  def config(
-    self, args: argparse.Namespace, condition: str, seed: int
-  ) -> Config:
-    """One run of it."""
-    arm = cells.Arm(self.label, self.correction, self.grow_from)
-    found = cells.config(args, condition, arm, args.epochs, seed)
-    return dataclasses.replace(
-      found,
-      dense_layers=self.dense_layers or found.dense_layers,
-      measure_skew=self.factory is None,
-    )
-
-  def name(self, config: Config) -> str:
-    """The folder of a run; that of other studies where they share it."""
-    words = [cells.name(config)]
-    if self.factory is not None:
-      words.append(self.factory.__name__)
-    if self.dense_layers:
-      words.append("dense_ends")
-    return "-".join(words)
-
-
+_OFF: dict[str, Any] = {"correction": "off"}
+_ON: dict[str, Any] = {"correction": "on"}
 VARIANTS = (
-  Variant("baseline", "off"),
-  Variant("SparseOpt", "on", "baseline"),
+  Variant("baseline", None, _OFF),
+  Variant("SparseOpt", "baseline", _ON),
   Variant(
-    "SparseOpt, corrected growth", "on", "SparseOpt", grow_from="corrected"
+    "SparseOpt, corrected growth",
+    "SparseOpt",
+    {**_ON, "grow_from": "corrected"},
   ),
-  Variant("normalised baseline", "off", "baseline", normalized),
-  Variant("normalised SparseOpt", "on", "normalised baseline", normalized),
-  Variant("HAM", "off", "baseline", ham),
-  Variant("SparseOpt and HAM", "on", "HAM", ham),
-  Variant("SparseOpt after decay", "on", "SparseOpt", decay_first),
-  Variant("SparseOpt, mean of live neurons", "on", "SparseOpt", live_mean),
-  Variant("correction inverted", "on", "baseline", inverted),
-  Variant("half the exponent", "on", "baseline", halved),
-  Variant("kept alive", "off", "baseline", kept_alive),
-  Variant("SparseOpt, kept alive", "on", "kept alive", kept_alive),
-  Variant("dense ends", "off", "baseline", None, ENDS),
-  Variant("SparseOpt, dense ends", "on", "dense ends", None, ENDS),
+  Variant("normalised baseline", "baseline", _OFF, normalized),
+  Variant("normalised SparseOpt", "normalised baseline", _ON, normalized),
+  Variant("HAM", "baseline", _OFF, ham),
+  Variant("SparseOpt and HAM", "HAM", _ON, ham),
+  Variant("SparseOpt after decay", "SparseOpt", _ON, decay_first),
+  Variant("SparseOpt, mean of live neurons", "SparseOpt", _ON, live_mean),
+  Variant("correction inverted", "baseline", _ON, inverted),
+  Variant("half the exponent", "baseline", _ON, halved),
+  Variant("kept alive", "baseline", _OFF, kept_alive),
+  Variant("SparseOpt, kept alive", "kept alive", _ON, kept_alive),
+  Variant("dense ends", "baseline", {**_OFF, "dense_layers": ENDS}),
+  Variant("SparseOpt, dense ends", "dense ends", {**_ON, "dense_layers": ENDS}),
 )
 
 _NOTE = (
@@ -313,23 +274,11 @@ def study(args: argparse.Namespace) -> report.Report:
   Raises:
     UsageError: A flag out of its range, or `--report` and nothing is there.
   """
-  cells.check(args)
-  wanted = [
-    paired.Cell(
-      condition, variant, variant.name(config), config, variant.factory
-    )
-    for seed in range(args.seeds)
-    for condition in args.conditions
-    for variant in VARIANTS
-    if variant.label in args.variants
-    for config in [variant.config(args, condition, seed)]
-  ]
-  about = {
-    "gradient_norm": GRADIENT_NORM,
-    "ham": HAM,
-    "dense_ends": ENDS,
-  }
-  return paired.study(args, wanted, about, _NOTE)
+  cells.check(args, args.conditions)
+  chosen = [each for each in VARIANTS if each.label in args.variants]
+  about = {"gradient_norm": GRADIENT_NORM, "ham": HAM, "dense_ends": ENDS}
+  conditions = {condition: condition for condition in args.conditions}
+  return paired.study(args, conditions, chosen, about, _NOTE)
 
 
 def add_flags(parser: cli.Parser) -> None:

@@ -52,15 +52,14 @@ class Choice:
 
   def config(self, args: argparse.Namespace, seed: int) -> Config:
     """One run of it."""
-    found = cells.config(
-      args, args.condition, cells.BASELINE, args.epochs, seed
-    )
-    layers = (CLASSIFIER,) if self.classifier == "dense" else ()
-    return dataclasses.replace(
-      found,
+    return cells.config(
+      args,
+      args.condition,
+      seed,
+      correction="off",
       learning_rate=self.learning_rate,
       shortcut=self.shortcut,
-      dense_layers=layers,
+      dense_layers=(CLASSIFIER,) if self.classifier == "dense" else (),
       measure_skew=False,
     )
 
@@ -172,8 +171,7 @@ def study(args: argparse.Namespace) -> report.Report:
   Raises:
     UsageError: A flag out of its range, or `--report` and nothing is there.
   """
-  args.conditions = [args.condition]
-  cells.check(args)
+  cells.check(args, [args.condition])
   names: dict[tuple[Choice, int], str] = {}
   every = {}
   for seed in range(args.seeds):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 import re
 from typing import Any
 
@@ -26,25 +25,6 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-  """One way to train.
-
-  Attributes:
-    label: For tables and figures.
-    correction: `Config.correction`.
-    grow_from: `Config.grow_from`.
-  """
-
-  label: str
-  correction: Any
-  grow_from: Any = "raw"
-
-
-BASELINE = Arm("baseline", "off")
-SPARSEOPT = Arm("SparseOpt", "on")
-
-
 def parse_condition(text: str) -> dict[str, Any]:
   """'rigl-95' and the like as fields of `Config`.
 
@@ -62,27 +42,21 @@ def parse_condition(text: str) -> dict[str, Any]:
 
 
 def config(
-  args: argparse.Namespace,
-  condition: str,
-  arm: Arm,
-  epochs: int,
-  seed: int,
+  args: argparse.Namespace, condition: str, seed: int, **changes: Any
 ) -> Config:
-  """One run; condition 'dense' is training without masks."""
-  what: dict[str, Any] = {"topology": "dense"}
-  if condition != "dense":
-    what = parse_condition(condition)
-    what |= {"correction": arm.correction, "grow_from": arm.grow_from}
-    what["measure_skew"] = True
-  return Config(
-    **{
-      **_base(args),
-      "data_dir": args.data_dir,
-      "epochs": epochs,
-      "seed": seed,
-      **what,
-    }
-  )
+  """One run.
+
+  Args:
+    args: The flags of the study.
+    condition: Such as "rigl-95".
+    seed: Of the run.
+    **changes: Fields of `Config` that differ from flags and condition.
+  """
+  masking = {**parse_condition(condition), "measure_skew": True}
+  if changes.get("topology") == "dense":
+    masking = {}  # None of them has an effect.
+  where = {"data_dir": args.data_dir, "seed": seed}
+  return Config(**(_base(args) | where | masking | changes))
 
 
 def _base(args: argparse.Namespace) -> dict[str, Any]:
@@ -93,8 +67,8 @@ def _base(args: argparse.Namespace) -> dict[str, Any]:
   flags = dict(_DEFAULTS)
   if args.recipe is not None:
     flags = dict(recipes.RECIPES[args.recipe].flags)
-  names = ("dataset", "model", "width", "precision", "learning_rate")
-  given = {name: vars(args).get(name) for name in names}
+  names = "dataset model width precision learning_rate epochs"
+  given = {name: vars(args).get(name) for name in names.split()}
   return flags | {k: value for k, value in given.items() if value is not None}
 
 
@@ -215,12 +189,12 @@ def trained(
   return runs
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, conditions: Iterable[str]) -> None:
   """Raises UsageError for a flag of all studies out of its range."""
   for name in ("seeds", "jobs"):
     if getattr(args, name) < 1:
       raise UsageError(
         f"--{name} must be at least 1, got {getattr(args, name)}"
       )
-  for condition in args.conditions:
+  for condition in conditions:
     parse_condition(condition)

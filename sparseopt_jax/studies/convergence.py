@@ -28,7 +28,8 @@ from sparseopt_jax.training import cli
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
-ARMS = (cells.BASELINE, cells.SPARSEOPT)
+# `Config.correction` by label.
+ARMS: dict[str, Any] = {"baseline": "off", "SparseOpt": "on"}
 # The paper's curves differ most early: after 10 epochs of 90.
 EARLY = 10
 _COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8"}
@@ -69,7 +70,8 @@ def runs_of(
 
   def pair(seed: int) -> tuple[Config, Config]:
     one, other = (
-      cells.config(args, condition, arm, epochs, seed) for arm in ARMS
+      cells.config(args, condition, seed, correction=x, epochs=epochs)
+      for x in ARMS.values()
     )
     return one, other
 
@@ -161,9 +163,7 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   intervals = {}
   for name in (*_PANELS, "skew_slope_before", "skew_slope_after"):
     values = {
-      arm.label: [
-        [_figure(name, x, arm) for x in lines] for lines in epochs[arm]
-      ]
+      arm: [[_figure(name, x, arm) for x in lines] for lines in epochs[arm]]
       for arm in ARMS
     }
     values["difference"] = [
@@ -176,7 +176,7 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   return intervals
 
 
-def _figure(name: str, line: dict[str, Any], arm: cells.Arm) -> float:
+def _figure(name: str, line: dict[str, Any], arm: str) -> float:
   """One figure of a line of `metrics.jsonl`; NaN if it was not measured."""
   if name == "fan_in_spread":
     layers = line["layers"].values()
@@ -184,7 +184,7 @@ def _figure(name: str, line: dict[str, Any], arm: cells.Arm) -> float:
   value = line.get(name)
   if value is None:
     return math.nan
-  corrected = name.startswith("skew_slope") and arm is cells.SPARSEOPT
+  corrected = name.startswith("skew_slope") and ARMS[arm] == "on"
   return value + 0.5 if corrected else value
 
 
@@ -303,7 +303,7 @@ def study(args: argparse.Namespace) -> report.Report:
   Raises:
     UsageError: A flag out of its range, or `--report` and no pair is there.
   """
-  cells.check(args)
+  cells.check(args, args.conditions)
   wanted = {
     f"{condition}, {epochs}": runs_of(args, condition, epochs)
     for epochs, condition in itertools.product(args.budgets, args.conditions)

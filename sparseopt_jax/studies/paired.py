@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+import dataclasses
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,27 +21,45 @@ from sparseopt_jax.training.config import Config
 Runs = Mapping[str, Mapping[int, compare.Run]]
 
 
-class Cell(NamedTuple):
-  """One run of a variant.
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One way to train.
 
   Attributes:
-    condition: In which variants are compared.
-    variant: With `label` and `against`.
-    name: The folder of the run.
-    config: What is trained.
+    label: For tables and figures.
+    against: The label of the variant to compare with.
+    changes: Fields of `Config`.
     factory: Its optimiser, where no flag of the trainer tells it.
   """
 
-  condition: str
-  variant: Any
-  name: str
-  config: Config
+  label: str
+  against: str | None
+  changes: Mapping[str, Any]
   factory: grid.Factory | None = None
+
+  def config(
+    self, args: argparse.Namespace, condition: str, seed: int
+  ) -> Config:
+    """One run of it."""
+    changes = dict(self.changes)
+    if self.factory is not None:
+      changes["measure_skew"] = False  # The trainer's optimiser does it.
+    return cells.config(args, condition, seed, **changes)
+
+  def name(self, config: Config) -> str:
+    """The folder of a run; that of other studies where they share it."""
+    words = [cells.name(config)]
+    if self.factory is not None:
+      words.append(self.factory.__name__)
+    if "dense_layers" in self.changes:
+      words.append("dense_layers")
+    return "-".join(words)
 
 
 def study(
   args: argparse.Namespace,
-  wanted: list[Cell],
+  conditions: Mapping[str, str],
+  variants: Sequence[Variant],
   about: dict[str, Any],
   note: str,
 ) -> report.Report:
@@ -48,27 +67,30 @@ def study(
 
   Args:
     args: The flags of all studies.
-    wanted: All runs, in order of the report.
+    conditions: {label: condition}; variants are compared within one.
+    variants: In order of the report.
     about: What the raw results say beside the runs.
     note: What the table says beside them.
 
   Raises:
     UsageError: `--report`, and nothing is there.
   """
-  every = {cell.name: cell.config for cell in wanted}
-  factories = {cell.name: cell.factory for cell in wanted if cell.factory}
-  runs = cells.trained(args, every, factories)
+  wanted = [
+    (variant.name(config), label, variant, config)
+    for label, condition in conditions.items()
+    for variant in variants
+    for seed in range(args.seeds)
+    for config in [variant.config(args, condition, seed)]
+  ]
+  every = {name: config for name, _, _, config in wanted}
+  makers = {name: one.factory for name, _, one, _ in wanted if one.factory}
+  runs = cells.trained(args, every, makers)
   found: dict[str, dict[str, dict[int, compare.Run]]] = {}
-  for cell in wanted:
-    if cell.name in runs:
-      of_variant = found.setdefault(cell.condition, {}).setdefault(
-        cell.variant.label, {}
-      )
-      of_variant[cell.config.seed] = runs[cell.name]
-  variants = list(dict.fromkeys(cell.variant for cell in wanted))
-  results = {
-    condition: summarise(each, variants) for condition, each in found.items()
-  }
+  for name, label, variant, config in wanted:
+    if name in runs:
+      of_label = found.setdefault(label, {})
+      of_label.setdefault(variant.label, {})[config.seed] = runs[name]
+  results = {label: summarise(each, variants) for label, each in found.items()}
   raw = {**cells.about(args, runs), **about, "results": results}
   text = (
     f"{table(results)}\n{len(runs)} of {len(every)} runs; "
@@ -79,14 +101,13 @@ def study(
 
 
 def summarise(
-  found: Runs, variants: Iterable[Any]
+  found: Runs, variants: Sequence[Variant]
 ) -> dict[str, dict[str, Any]]:
   """Statistics over the seeds, variant by variant.
 
   Args:
     found: {label of the variant: {seed: run}}.
-    variants: What is compared, each with a `label` and the label, or None, that
-      it is compared `against`.
+    variants: What is compared.
 
   Returns:
     Means with half the width of their 95 % confidence interval; the difference
