@@ -17,9 +17,9 @@ import sparseopt_jax
 from sparseopt_jax import inspection
 from sparseopt_jax import train
 from sparseopt_jax.training import build
+from sparseopt_jax.training import feed
 from sparseopt_jax.training import optimizer
 from sparseopt_jax.training import parallel
-from sparseopt_jax.training import prefetch
 from sparseopt_jax.training import runtime
 from sparseopt_jax.training import state as state_lib
 from sparseopt_jax.training import step as step_lib
@@ -357,28 +357,27 @@ def test_sharded_layout_splits_masks_as_parameters():
     ]
 
 
-def test_prefetch_keeps_order_and_passes_errors_on():
-  def items():
-    yield from range(5)
-    raise OSError("gone")
+def test_streamed_batches_are_those_of_the_data_set():
+  def slow_at_first(step, batch):
+    if step == 5:
+      raise OSError("gone")
+    time.sleep(0.05)
+    return batch
 
-  batches = prefetch.Prefetch(items(), lambda x: 2 * x)
-  assert [next(batches) for _ in range(5)] == [0, 2, 4, 6, 8]
+  layout = parallel.Single(jax.devices()[0])
+  dataset = tiny.digits(train_hook=slow_at_first)
+  stream = feed.Streamed(dataset, layout, seed=7, batch_size=16, step=3)
+  expected = tiny.digits().train_batches(7, 3, 16)
+  for step in (3, 4):
+    examples, first, count = stream.train(step)
+    assert (first, count) == (0, 1)
+    batch = next(expected)
+    np.testing.assert_array_equal(examples.image, batch["image"])
+    np.testing.assert_array_equal(examples.label, batch["label"])
+  assert 0.1 <= stream.waited < 10
   with pytest.raises(OSError, match="gone"):
-    next(batches)
-  batches.close()
-
-
-def test_prefetch_counts_the_wait_and_closes_at_once():
-  def slow():
-    while True:
-      time.sleep(0.05)
-      yield 0
-
-  batches = prefetch.Prefetch(slow(), lambda x: x)
-  next(batches)
-  assert batches.waited > 0.03
-  batches.close()
+    stream.train(5)
+  stream.close()
 
 
 def test_the_cache_loses_what_was_read_longest_ago(tmp_path):

@@ -8,7 +8,6 @@ file system's cache: a slow disk is not measured.
 from collections.abc import Mapping, Sequence
 import contextlib
 import io
-import itertools
 import json
 import pathlib
 import tempfile
@@ -23,10 +22,10 @@ from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.data import in_memory
 from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.training import build
+from sparseopt_jax.training import feed
 from sparseopt_jax.training import runtime
 from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.parallel import Layout
-from sparseopt_jax.training.prefetch import Prefetch
 
 _JPEGS = 128
 _SMALL_IMAGES = 10_000
@@ -74,7 +73,7 @@ def alone(
     repeats: Rounds of measurement.
   """
   images = _BATCHES[source.name] * batch_size
-  batches = Prefetch(source.train_batches(0, 0, batch_size), layout.put_batch)
+  batches = feed.Streamed(source, layout, 0, batch_size, 0)
   wall, cpu = [], []
   with contextlib.closing(batches):
     _draw(batches, _WARM_UP)
@@ -89,9 +88,9 @@ def alone(
   }
 
 
-def _draw(batches: Prefetch, count: int) -> None:
-  for batch in itertools.islice(batches, count):
-    jax.block_until_ready(batch)
+def _draw(batches: feed.Feed, count: int) -> None:
+  for step in range(count):
+    jax.block_until_ready(batches.train(step))
 
 
 def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
@@ -114,20 +113,18 @@ def training(
   """
   task, create = build.task_on(source, config, layout)
   program = layout.compile_train(task)
-  step = lambda state, batch: program(state, batch, 0, 1, False)
   state = layout.put(runtime.quick_jit(create)(np.uint32(config.seed)))
-  batches = Prefetch(
-    source.train_batches(0, 0, config.batch_size), layout.put_batch
-  )
-  wall = []
+  batches = feed.Streamed(source, layout, config.seed, config.batch_size, 0)
+  wall, waited = [], 0.0
   with contextlib.closing(batches):
-    state, metrics = jax.block_until_ready(step(state, next(batches)))
-    waited = batches.waited
-    for _ in range(repeats):
+    for step in range(repeats + 1):
       start = time.perf_counter()
-      state, metrics = step(state, next(batches))
+      batch = batches.train(step)
+      state, metrics = program(state, *batch, False)
       jax.block_until_ready(metrics)
       wall.append(time.perf_counter() - start)
+      if not step:  # It compiles.
+        wall, waited = [], batches.waited
   return {
     **_speed(config.batch_size, wall),
     "input_wait": (batches.waited - waited) / sum(wall),

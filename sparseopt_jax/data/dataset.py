@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Generator
 import dataclasses
 
 import jax
@@ -15,6 +15,7 @@ from sparseopt_jax.data import order
 
 Arrays = tuple[np.ndarray, np.ndarray]
 Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,7 +51,7 @@ class Dataset(abc.ABC):
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     """Yields training batches for ever, from batch number `start_step` on.
 
     Each epoch has an order of its own, and the num_train % batch_size examples
@@ -91,7 +92,7 @@ class Dataset(abc.ABC):
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     """Yields the test set once, in order; all batches have the same shape.
 
     The last batch is filled up with rows whose `valid` is False. Every process
@@ -163,11 +164,11 @@ class Dataset(abc.ABC):
   @abc.abstractmethod
   def _train_batches(
     self, seed: int, start_step: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     """`train_batches` with checked arguments; `rows` are those to yield."""
 
   @abc.abstractmethod
   def _test_batches(
     self, num_batches: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     """`test_batches` with checked arguments; `rows` are those to yield."""

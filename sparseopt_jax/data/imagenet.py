@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import os
 import sys
 
 import grain
+from grain import experimental
 import numpy as np
 from PIL import Image
 
 from sparseopt_jax.data import order
 from sparseopt_jax.data import tfds_source
 from sparseopt_jax.data.dataset import Batch
+from sparseopt_jax.data.dataset import Batches
 from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.data.tfds_source import Example
 
@@ -40,7 +42,7 @@ class ImageNet(Dataset):
 
   def _train_batches(
     self, seed: int, start_step: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     size = rows.stop - rows.start
 
     def decode(position: int) -> Batch:
@@ -58,7 +60,7 @@ class ImageNet(Dataset):
 
   def _test_batches(
     self, num_batches: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     size = rows.stop - rows.start
 
     def decode(position: int) -> Batch:
@@ -177,14 +179,16 @@ def _resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 
 def _stream(
   decode: Callable[[int], Batch], start: int, stop: int, batch_size: int
-) -> Iterator[Batch]:
-  """Decodes examples start, ..., stop - 1 in threads, two batches ahead."""
+) -> Batches:
+  """Decodes examples start, ..., stop - 1 in threads, some batches ahead."""
   # Pillow releases the interpreter's lock while it decodes and resizes.
   threads = os.cpu_count() or 1
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
   )
   examples = grain.MapDataset.range(start, stop).map(decode)
-  batches = examples.to_iter_dataset(options).batch(batch_size)
+  batches = experimental.ThreadPrefetchIterDataset(
+    examples.to_iter_dataset(options).batch(batch_size), prefetch_buffer_size=2
+  )
   with contextlib.closing(iter(batches)) as iterator:
     yield from iterator

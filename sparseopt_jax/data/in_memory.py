@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
 import itertools
 import os
@@ -13,7 +12,7 @@ import numpy as np
 from sparseopt_jax.data import npz_source
 from sparseopt_jax.data import order
 from sparseopt_jax.data import tfds_source
-from sparseopt_jax.data.dataset import Batch
+from sparseopt_jax.data.dataset import Batches
 from sparseopt_jax.data.dataset import Dataset
 
 Arrays = npz_source.Arrays
@@ -54,7 +53,7 @@ class InMemory(Dataset):
 
   def _train_batches(
     self, seed: int, start_step: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     images, labels = self.train
     for step in itertools.count(start_step):
       indices = order.train_indices(self.num_train, seed, step, batch_size)
@@ -63,7 +62,7 @@ class InMemory(Dataset):
 
   def _test_batches(
     self, num_batches: int, batch_size: int, rows: slice
-  ) -> Iterator[Batch]:
+  ) -> Batches:
     images, labels = self.test
     for step in range(num_batches):
       indices, valid = order.test_indices(self.num_test, step, batch_size)

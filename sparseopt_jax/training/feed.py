@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Generator, Sequence
 import contextlib
+import time
 
 import jax
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from sparseopt_jax.data import order
 from sparseopt_jax.data.dataset import Dataset
 from sparseopt_jax.training.parallel import Layout
-from sparseopt_jax.training.prefetch import Prefetch
 from sparseopt_jax.training.step import Examples
 
 
@@ -95,7 +95,7 @@ class Resident(Feed):
 
 
 class Streamed(Feed):
-  """One batch at a time, drawn ahead in a thread.
+  """One batch at a time, as the data set gives them.
 
   Args:
     dataset: The data set.
@@ -113,21 +113,21 @@ class Streamed(Feed):
     batch_size: int,
     step: int,
   ) -> None:
-    self._share = (jax.process_index(), jax.process_count())
-    self._test_batches = lambda: dataset.test_batches(batch_size, *self._share)
+    share = jax.process_index(), jax.process_count()
+    self._test_batches = lambda: dataset.test_batches(batch_size, *share)
     self._put = layout.put_batch
-    batches = dataset.train_batches(seed, step, batch_size, *self._share)
-    self._batches = Prefetch(batches, self._put)
+    self._batches = dataset.train_batches(seed, step, batch_size, *share)
 
   def train(self, step: int) -> tuple[Examples, int, int]:
+    start = time.perf_counter()
     batch = next(self._batches)
-    self.waited = self._batches.waited
-    return batch, 0, 1
+    self.waited += time.perf_counter() - start
+    return self._put(batch), 0, 1
 
   def test(self) -> Generator[tuple[Examples, int], None, None]:
-    with contextlib.closing(Prefetch(self._test_batches(), self._put)) as each:
-      for batch in each:
-        yield batch, 1
+    with contextlib.closing(self._test_batches()) as batches:
+      for batch in batches:
+        yield self._put(batch), 1
 
   def close(self) -> None:
     self._batches.close()

@@ -100,7 +100,7 @@ class Speed:
     self._born = time.perf_counter() - seconds_before
 
   def start(self, step: int, waited: float) -> None:
-    """Counts from here; `waited` as in `Prefetch`."""
+    """Counts from here; `waited` as in `Feed`."""
     self.started = True
     self._from = (step, waited, time.perf_counter())
 
