@@ -192,7 +192,8 @@ def _set_targets(layers: Sequence[Layer], options: Options) -> None:
   for leaf in layers:
     for index in np.ndindex(leaf.target.shape):
       name = leaf.path + (str([*index]) if index else "")
-      check(name not in shapes, "sparse must choose different paths", name)
+      rule = "sparse must choose different paths, of slices of a stack too"
+      check(name not in shapes, rule, name)
       shapes[name] = leaf.weight.shape[leaf.stacked :]
   how = options.sparsity, options.distribution
   # In the order of the shapes.

@@ -31,7 +31,7 @@ def _run(arguments, tmp_path, capsys):
   assert command.main([*arguments, "--output", str(output)]) == 0
   printed = capsys.readouterr().out
   figures = json.loads(output.read_text())
-  assert figures["jax"] in printed
+  assert figures["versions"]["jax"] in printed
   assert all(name in printed for name in figures["rows"])
   return figures["rows"]
 
@@ -106,12 +106,10 @@ def test_networks(tmp_path, capsys):
 def test_input(tmp_path, capsys):
   arguments = ["input", "--model", "resnet8", "--batch-size", "8"]
   rows = _run([*arguments, "--repeats", "2"], tmp_path, capsys)
-  small, jpeg, step = rows.values()
-  assert small["images_per_second"] > 4 * step["images_per_second"]
-  for row in (small, jpeg):
-    expected = row["images_per_second"] / step["images_per_second"]
-    assert row["times_the_step"] == expected
-    assert row["images_per_second_a_core"] > 0
+  jpeg, step = rows.values()
+  expected = jpeg["images_per_second"] / step["images_per_second"]
+  assert jpeg["times_the_step"] == expected
+  assert jpeg["images_per_second_a_core"] > 0
   # ImageNet's have about 110 kilobytes on average.
   assert 90 < jpeg["kilobytes_an_image"] < 130
   assert 0 <= step["input_wait"] < 1

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -296,6 +297,27 @@ def test_what_is_augmented(datasets):
   images = jnp.asarray(next(datasets["imagenet2012"].test_batches(2))["image"])
   result = datasets["imagenet2012"].augment(jax.random.key(0), images)
   np.testing.assert_array_equal(result, images)
+
+
+def test_a_stream_passes_errors_on_and_ends_its_threads():
+  def decode(position):
+    if position == 9:
+      raise OSError("gone")
+    return {"label": np.int32(position)}
+
+  before = set(threading.enumerate())
+  stream = imagenet._stream(decode, start=2, stop=100, batch_size=3)
+  labels = [next(stream)["label"].tolist() for _ in range(2)]
+  assert labels == [[2, 3, 4], [5, 6, 7]]
+  with pytest.raises(OSError, match="gone"):
+    next(stream)
+  whole = imagenet._stream(lambda position: {"x": position}, 0, 99, 3)
+  next(whole)
+  whole.close()
+  deadline = time.monotonic() + 60
+  while set(threading.enumerate()) - before:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
 def test_imagenet_crops_differ_between_epochs(datasets):

@@ -141,27 +141,6 @@ def test_inside_of_sparsify():
   assert changes == 2
 
 
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: ham.ham(None, 0.1), "inner.*None"),
-    (lambda: ham.ham(optax.sgd(0.1), "a"), "learning_rate.*'a'"),
-    (lambda: ham.ham(optax.sgd(0.1), 0.1, alpha=None), "alpha.*None"),
-    (lambda: ham.ham(optax.sgd(0.1), 0.1, beta=jnp.ones(2)), "beta.*Array"),
-  ],
-)
-def test_bad_arguments(make, message):
-  with pytest.raises(TypeError, match=message):
-    make()
-
-
-def test_update_without_params():
-  tx = ham.ham(optax.sgd(0.1), 0.1)
-  params = _tree(0)
-  with pytest.raises(ValueError, match="params must be passed"):
-    tx.update(params, tx.init(params))
-
-
 def test_extra_arguments_reach_the_base_optimiser():
   tx = ham.ham(
     optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), 0.1

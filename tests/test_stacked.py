@@ -279,7 +279,7 @@ def test_a_leaf_of_the_name_of_a_slice_is_refused():
   link = sparseopt_jax.sparseopt(
     0.5, stacked={"a": 1, "a[1]": 0}, corrected=True
   )
-  with pytest.raises(ValueError, match=r"different paths; got 'a\[1\]'"):
+  with pytest.raises(ValueError, match=r"different paths.*; got 'a\[1\]'"):
     link.init(params)
 
 

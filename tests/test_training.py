@@ -358,14 +358,14 @@ def test_sharded_layout_splits_masks_as_parameters():
 
 
 def test_streamed_batches_are_those_of_the_data_set():
-  def slow_at_first(step, batch):
+  def slow_then_gone(step, batch):
     if step == 5:
       raise OSError("gone")
     time.sleep(0.05)
     return batch
 
   layout = parallel.Single(jax.devices()[0])
-  dataset = tiny.digits(train_hook=slow_at_first)
+  dataset = tiny.digits(train_hook=slow_then_gone)
   stream = feed.Streamed(dataset, layout, seed=7, batch_size=16, step=3)
   expected = tiny.digits().train_batches(7, 3, 16)
   for step in (3, 4):

@@ -1,6 +1,6 @@
 """A network and a data set so small that a test can train them many times."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 import contextlib
 import dataclasses
 import functools
@@ -90,12 +90,12 @@ class Digits(in_memory.InMemory):
     poison = jnp.where(white, jnp.nan, 0.0)
     return super().preprocess(images, dtype) + poison.astype(dtype)
 
-  def _train_batches(self, seed, start_step, batch_size, rows) -> Iterator:
+  def _train_batches(self, seed, start_step, batch_size, rows) -> Generator:
     batches = super()._train_batches(seed, start_step, batch_size, rows)
     for step, batch in enumerate(batches, start_step):
       yield self.train_hook(step, batch)
 
-  def _test_batches(self, num_batches, batch_size, rows) -> Iterator:
+  def _test_batches(self, num_batches, batch_size, rows) -> Generator:
     batches = super()._test_batches(num_batches, batch_size, rows)
     for number, batch in enumerate(batches):
       yield self.test_hook(number, batch)

@@ -7,20 +7,23 @@ says.
 
 import argparse
 from collections.abc import Callable, Sequence
+import dataclasses
 import pathlib
 import sys
 from typing import Any
 
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import compilation
+from sparseopt_jax.benchmarks import input_pipeline
+from sparseopt_jax.benchmarks import networks
 from sparseopt_jax.benchmarks import optimizer
+from sparseopt_jax.benchmarks import tensorflow_step
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import config as config_lib
 from sparseopt_jax.training.errors import UsageError
 
-_NEVER = 2**30
 _FLAGS: dict[str, dict[str, Any]] = {
   "sparsity": {"default": 0.9, "help": "fraction of zeros"},
   "repeats": {"default": 15, "help": "rounds of measurement"},
@@ -44,25 +47,6 @@ _FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def _networks(args: argparse.Namespace) -> dict[str, dict]:
-  from sparseopt_jax.benchmarks import networks
-
-  configs = [_config(args, n) for n in sorted({1, *args.networks})]
-  return networks.run(configs, args.repeats, args.steps)
-
-
-def _tensorflow(args: argparse.Namespace) -> dict[str, dict]:
-  from sparseopt_jax.benchmarks import tensorflow_step
-
-  return tensorflow_step.run(_config(args), args.repeats, args.steps)
-
-
-def _input(args: argparse.Namespace) -> dict[str, dict]:
-  from sparseopt_jax.benchmarks import input_pipeline
-
-  return input_pipeline.run(_config(args), args.repeats)
-
-
 def _config(args: argparse.Namespace, networks: int = 1) -> config_lib.Config:
   """What the trainer is timed with."""
   return config_lib.Config(
@@ -81,7 +65,7 @@ def _config(args: argparse.Namespace, networks: int = 1) -> config_lib.Config:
 # Each command: what runs, what it measures, and its flags.
 _COMMANDS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
   "optimizer": (
-    lambda a: optimizer.run(a.model, a.sparsity, a.repeats, 10, _NEVER),
+    lambda a: optimizer.run(a.model, a.sparsity, a.repeats, 10, timing.NEVER),
     "the optimiser's step between mask updates",
     "model=resnet50 repeats",
   ),
@@ -106,20 +90,24 @@ _COMMANDS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "model=resnet20 batch-size image-size precision repeats",
   ),
   "networks": (
-    _networks,
+    lambda a: networks.run(
+      [_config(a, n) for n in sorted({1, *a.networks})], a.repeats, a.steps
+    ),
     "many networks in one program, against one after the other",
     "model=resnet20 width batch-size precision networks devices steps=10 "
     "repeats",
   ),
   "tensorflow": (
-    _tensorflow,
+    lambda a: tensorflow_step.run(_config(a), a.repeats, a.steps),
     "the trainer's step, against the same one in TensorFlow",
     "model=resnet20 batch-size steps repeats",
   ),
   "input": (
-    _input,
+    lambda a: input_pipeline.run(
+      dataclasses.replace(_config(a), dataset="imagenet2012"), a.repeats
+    ),
     "images a second of the input, against the trainer's step",
-    "model=resnet20 batch-size precision repeats",
+    "model=resnet50 batch-size precision repeats",
   ),
 }
 

@@ -7,19 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from sparseopt_jax.benchmarks import optimizer
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.training.errors import UsageError
-
-
-def _optimizers(sparsity: float) -> dict[str, optax.GradientTransformation]:
-  """Those told that no masks are due, and those told that they are, too."""
-  found = timing.optimizers(0.1, sparsity, 2**30)
-  often = timing.optimizers(0.1, sparsity, 1)
-  told = ("SET, told", "RigL, told")
-  return found | {f"{name}, mask update": often[name] for name in told}
 
 
 def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
@@ -48,9 +39,11 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
       f"{config.jax_compilation_cache_dir}"
     )
   params, gradients = optimizer.problem(model)
+  told = "SET, told", "RigL, told"
+  every = lambda: timing.optimizers(sparsity, timing.NEVER, told)
   rounds: dict[str, list] = {}
   for _ in range(repeats):
-    for name, tx in _optimizers(sparsity).items():
+    for name, tx in every().items():
       state = optimizer.first_state(tx, params)
       wall, cpu = time.perf_counter(), time.process_time()
       program = optimizer.lowered_step(tx, state, gradients).compile()
@@ -59,7 +52,7 @@ def first_call(model: str, sparsity: float, repeats: int) -> dict[str, dict]:
       rounds.setdefault(name, []).append(elapsed)
   times = {n: timing.Times(*np.array(row).T) for n, row in rounds.items()}
   rows = timing.ratios(times, "plain", timing.clock())
-  for name, tx in _optimizers(sparsity).items():
+  for name, tx in every().items():
     state = jax.eval_shape(lambda tx=tx: optimizer.first_state(tx, params))
     kernels = count_kernels(optimizer.lowered_step(tx, state, gradients))
     if kernels:
@@ -94,7 +87,7 @@ def memory(model: str, sparsity: float) -> dict[str, dict]:
     sparsity: Fraction of zeros.
   """
   params, _ = optimizer.problem(model)
-  optimizers = timing.optimizers(0.1, sparsity, 1)
+  optimizers = timing.optimizers(sparsity, 1)
   states = {n: jax.eval_shape(tx.init, params) for n, tx in optimizers.items()}
   size = sum(leaf.size for leaf in jax.tree.leaves(params))
   plain = _num_bytes(states["plain"])

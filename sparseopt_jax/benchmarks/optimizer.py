@@ -64,7 +64,7 @@ def run(
   """
   params, gradients = problem(model)
   steps, states = {}, {}
-  for name, tx in timing.optimizers(0.1, sparsity, update_every).items():
+  for name, tx in timing.optimizers(sparsity, update_every).items():
     states[name] = first_state(tx, params)
     program = lowered_step(tx, states[name], gradients).compile()
     steps[name] = lambda state, run=program: run(state, gradients)

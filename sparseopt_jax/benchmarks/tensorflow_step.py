@@ -7,6 +7,7 @@ momentum. Masks stand still on both sides.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -93,6 +94,7 @@ class _Network:
   """
 
   def __init__(self, config: Config) -> None:
+    self._tf = importlib.import_module("tensorflow")
     self.variables: list[Any] = []
     self.momenta: list[Any] = []
     self._masks: dict[tuple[int, ...], Any] = {}
@@ -105,57 +107,49 @@ class _Network:
     self._made = True
 
   def __call__(self, images: Any) -> Any:
-    import tensorflow as tf
-
     self._next = 0
-    x = tf.nn.relu(self._conv(images, self._width, 3, 1))
+    x = self._tf.nn.relu(self._conv(images, self._width, 3, 1))
     for stage in range(3):
       for block in range(self._blocks):
         stride = 2 if stage and not block else 1
         x = self._block(x, self._width * 2**stage, stride)
-    x = tf.reduce_mean(x, (1, 2))
+    x = self._tf.reduce_mean(x, (1, 2))
     return x @ self._masked((x.shape[-1], 100)) + self._variable((100,), 0.0)
 
   def _block(self, x: Any, features: int, stride: int) -> Any:
-    import tensorflow as tf
-
-    y = tf.nn.relu(self._conv(x, features, 3, stride))
+    y = self._tf.nn.relu(self._conv(x, features, 3, stride))
     y = self._conv(y, features, 3, 1)
     if x.shape[1:] != y.shape[1:]:
       x = self._conv(x, features, 1, stride)
-    return tf.nn.relu(x + y)
+    return self._tf.nn.relu(x + y)
 
   def _conv(self, x: Any, features: int, size: int, stride: int) -> Any:
     """A masked convolution and batch normalisation."""
-    import tensorflow as tf
-
     kernel = self._masked((size, size, x.shape[-1], features))
     margin = (size - 1) // 2
     padding = [[0, 0], [margin, margin], [margin, margin], [0, 0]]
-    y = tf.nn.conv2d(x, kernel, stride, padding)
+    y = self._tf.nn.conv2d(x, kernel, stride, padding)
     scale = self._variable((features,), 1.0)
     offset = self._variable((features,), 0.0)
-    mean, variance = tf.nn.moments(y, (0, 1, 2))
-    return tf.nn.batch_normalization(y, mean, variance, offset, scale, 1e-5)
+    mean, variance = self._tf.nn.moments(y, (0, 1, 2))
+    return self._tf.nn.batch_normalization(
+      y, mean, variance, offset, scale, 1e-5
+    )
 
   def _masked(self, shape: tuple[int, ...]) -> Any:
-    import tensorflow as tf
-
     if shape not in self._masks:
       mask = self._rng.random(shape) < self._density
-      self._masks[shape] = tf.constant(mask.astype(np.float32))
+      self._masks[shape] = self._tf.constant(mask.astype(np.float32))
     return self._variable(shape, None) * self._masks[shape]
 
   def _variable(self, shape: tuple[int, ...], value: float | None) -> Any:
     """The next variable; He-initialised if no value is given."""
-    import tensorflow as tf
-
     if not self._made:
       deviation = np.sqrt(2 / np.prod(shape[:-1]))
       first = self._rng.normal(0, deviation, shape)
       if value is not None:
         first = np.full(shape, value)
-      self.variables.append(tf.Variable(first.astype(np.float32)))
-      self.momenta.append(tf.Variable(np.zeros(shape, np.float32)))
+      self.variables.append(self._tf.Variable(first.astype(np.float32)))
+      self.momenta.append(self._tf.Variable(np.zeros(shape, np.float32)))
     self._next += 1
     return self.variables[self._next - 1]

@@ -1,6 +1,6 @@
 """Times several programs in turn, so that a drifting machine hits all alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import os
@@ -14,6 +14,10 @@ import optax
 
 import sparseopt_jax
 from sparseopt_jax import metrics
+from sparseopt_jax.training import telling
+
+NEVER = 2**30
+_LEARNING_RATE = 0.01
 
 
 class Times(NamedTuple):
@@ -105,15 +109,9 @@ def _text(value: Any) -> str:
 
 def machine() -> dict[str, Any]:
   """Where and with what the figures were taken."""
-  return {
-    "device": jax.devices()[0].device_kind,
-    "platform": jax.default_backend(),
-    "processor": platform.processor() or platform.machine(),
-    "cores": os.cpu_count(),
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "optax": optax.__version__,
-  }
+  processor = platform.processor() or platform.machine()
+  cores = os.cpu_count()
+  return {**telling.surroundings(), "processor": processor, "cores": cores}
 
 
 def report(name: str, rows: dict[str, dict], output: str | None) -> None:
@@ -125,7 +123,7 @@ def report(name: str, rows: dict[str, dict], output: str | None) -> None:
 
 
 def optimizers(
-  learning_rate: float, sparsity: float, update_every: int
+  sparsity: float, update_every: int, updating: Sequence[str] = ()
 ) -> dict[str, optax.GradientTransformation]:
   """Plain SGD with momentum, and the three topologies around it.
 
@@ -133,9 +131,10 @@ def optimizers(
   themselves, on the device.
 
   Args:
-    learning_rate: Of all.
     sparsity: Fraction of zeros.
-    update_every: 1 for a mask update in each step; a large number for none.
+    update_every: 1 for a mask update in each step; `NEVER` for none.
+    updating: Names of those that are there a second time, as "NAME, mask
+      update", with a mask update in each step.
   """
   forever = 2**31 - 1
   topologies: dict[str, Any] = {
@@ -145,7 +144,7 @@ def optimizers(
   }
   found = {
     name: sparseopt_jax.sparsify(
-      optax.sgd(learning_rate, momentum=0.9),
+      optax.sgd(_LEARNING_RATE, momentum=0.9),
       sparsity,
       topology,
       corrected=True,
@@ -159,4 +158,6 @@ def optimizers(
     found[f"{name}, told"] = optax.GradientTransformationExtraArgs(
       found[name].init, update
     )
-  return {"plain": optax.sgd(learning_rate, momentum=0.9), **found}
+  often = optimizers(sparsity, 1) if updating else {}
+  found |= {f"{name}, mask update": often[name] for name in updating}
+  return {"plain": optax.sgd(_LEARNING_RATE, momentum=0.9), **found}

@@ -11,8 +11,6 @@ from sparseopt_jax import models
 from sparseopt_jax.benchmarks import optimizer
 from sparseopt_jax.benchmarks import timing
 
-_NEVER = 2**30
-
 
 def _step(
   network: Any, tx: optax.GradientTransformation, state: tuple, batch: tuple
@@ -35,14 +33,6 @@ def _step(
   return (optax.apply_updates(params, updates), opt_state), stats
 
 
-def _optimizers(sparsity: float) -> dict[str, optax.GradientTransformation]:
-  """Between mask updates, and with a mask update in each step."""
-  found = timing.optimizers(0.01, sparsity, _NEVER)
-  often = timing.optimizers(0.01, sparsity, 1)
-  found |= {f"{name}, mask update": often[name] for name in ("SET", "RigL")}
-  return found
-
-
 def run(args: argparse.Namespace) -> dict[str, dict]:
   """Ratios of wall time to dense training.
 
@@ -59,7 +49,8 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
   variables = jax.jit(lambda x: network.init(jax.random.key(0), x, train=False))
   first = variables(images[:1])
   steps, states = {}, {}
-  for name, tx in _optimizers(args.sparsity).items():
+  every = timing.optimizers(args.sparsity, timing.NEVER, ("SET", "RigL"))
+  for name, tx in every.items():
     step = lambda state, batch, tx=tx: _step(network, tx, state, batch)
     stats = jax.tree.map(jnp.copy, first["batch_stats"])
     states[name] = optimizer.first_state(tx, first["params"]), stats

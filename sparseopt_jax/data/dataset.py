@@ -69,7 +69,7 @@ class Dataset(abc.ABC):
       process_count: Number of shares.
 
     Returns:
-      An iterator over dicts of `image`, uint8 (b, h, w, c), and `label`, int32
+      A generator of dicts of `image`, uint8 (b, h, w, c), and `label`, int32
       (b,).
 
     Raises:
@@ -104,7 +104,7 @@ class Dataset(abc.ABC):
       process_count: Number of shares.
 
     Returns:
-      An iterator over dicts of `image` and `label`, as above, and `valid`, bool
+      A generator of dicts of `image` and `label`, as above, and `valid`, bool
       (b,).
 
     Raises:

@@ -9,7 +9,6 @@ import os
 import sys
 
 import grain
-from grain import experimental
 import numpy as np
 from PIL import Image
 
@@ -180,14 +179,14 @@ def _resize(image: np.ndarray, box: Box, size: int) -> np.ndarray:
 def _stream(
   decode: Callable[[int], Batch], start: int, stop: int, batch_size: int
 ) -> Batches:
-  """Decodes examples start, ..., stop - 1 in threads, some batches ahead."""
+  """Decodes examples start, ..., stop - 1 in threads, three batches ahead."""
   # Pillow releases the interpreter's lock while it decodes and resizes.
   threads = os.cpu_count() or 1
   options = grain.ReadOptions(
-    num_threads=threads, prefetch_buffer_size=max(threads, 2 * batch_size)
+    num_threads=threads, prefetch_buffer_size=max(threads, batch_size)
   )
   examples = grain.MapDataset.range(start, stop).map(decode)
-  batches = experimental.ThreadPrefetchIterDataset(
+  batches = grain.experimental.ThreadPrefetchIterDataset(
     examples.to_iter_dataset(options).batch(batch_size), prefetch_buffer_size=2
   )
   with contextlib.closing(iter(batches)) as iterator:

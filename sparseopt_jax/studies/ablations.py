@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import ham as ham_lib
 from sparseopt_jax.studies import paired
 from sparseopt_jax.studies import report
+from sparseopt_jax.studies.paired import OFF
+from sparseopt_jax.studies.paired import ON
 from sparseopt_jax.studies.paired import Variant
 from sparseopt_jax.training import cli
 from sparseopt_jax.training import optimizer
@@ -36,17 +38,9 @@ GRADIENT_NORM = 0.8
 HAM = {"alpha": 200.0, "beta": 1e-3}
 # The first and the last layer.
 ENDS = ("Conv_0/kernel", "Dense_0/kernel")
+_ENDS = {"dense_layers": ENDS}
 # From a layer's mask to the factors of its gradient.
 Factors = Callable[[jax.Array], jax.Array]
-
-
-class _Parts(NamedTuple):
-  """What the trainer's optimiser is made of."""
-
-  masking: dict[str, Any]  # `sparsify`'s arguments beside the optimiser
-  decay: optax.GradientTransformation
-  sgd: optax.GradientTransformation
-  schedule: optax.Schedule
 
 
 def _parts(
@@ -55,70 +49,70 @@ def _parts(
   steps_per_epoch: int,
   corrected: inspection.BatchNormalized,
   seed: Any,
-) -> _Parts:
-  """What `training.optimizer.create` puts together."""
+) -> tuple[dict[str, Any], Any, Any]:
+  """What `training.optimizer.create` puts together.
+
+  Returns:
+    `sparsify`'s arguments beside the optimiser, weight decay, and SGD.
+  """
   schedule = optimizer.schedule(config, steps_per_epoch)
-  return _Parts(
+  return (
     optimizer.masking(config, params, steps_per_epoch, corrected, seed),
     optimizer.decay(config, params),
     optax.sgd(schedule, momentum=config.momentum),
-    schedule,
   )
 
 
 def normalized(*arguments: Any) -> Any:
   """The gradient's norm is the same in each step: its direction alone."""
-  parts = _parts(*arguments)
+  masking, decay, sgd = _parts(*arguments)
   norm = optax.normalize_by_update_norm(GRADIENT_NORM)
-  inner = optax.chain(norm, parts.decay, parts.sgd)
-  return sparseopt_jax.sparsify(inner, **parts.masking)
+  return sparseopt_jax.sparsify(optax.chain(norm, decay, sgd), **masking)
 
 
-def ham(*arguments: Any) -> Any:
+def ham(config: Config, params: Any, steps_per_epoch: int, *rest: Any) -> Any:
   """HAM around decay and SGD."""
-  parts = _parts(*arguments)
-  base = optax.chain(parts.decay, parts.sgd)
-  inner = ham_lib.ham(base, parts.schedule, **HAM)
-  return sparseopt_jax.sparsify(inner, **parts.masking)
+  masking, *base = _parts(config, params, steps_per_epoch, *rest)
+  schedule = optimizer.schedule(config, steps_per_epoch)
+  inner = ham_lib.ham(optax.chain(*base), schedule, **HAM)
+  return sparseopt_jax.sparsify(inner, **masking)
 
 
 def decay_first(*arguments: Any) -> Any:
   """The correction scales the weight decay too."""
-  parts = _parts(*arguments)
-  sparse = sparseopt_jax.sparsify(parts.sgd, **parts.masking)
-  return optax.chain(parts.decay, sparse)
-
-
-def live_mean(*arguments: Any) -> Any:
-  """The mean sparsity of a layer is that of its live neurons."""
-  return _rescaled(_parts(*arguments), live_share)
-
-
-def inverted(*arguments: Any) -> Any:
-  """The skew is made twice as large, instead of being undone."""
-  return _rescaled(_parts(*arguments), inverse)
-
-
-def halved(*arguments: Any) -> Any:
-  """The exponent of the correction is 1/4, and not 1/2."""
-  return _rescaled(_parts(*arguments), inverse_root)
+  masking, decay, sgd = _parts(*arguments)
+  return optax.chain(decay, sparseopt_jax.sparsify(sgd, **masking))
 
 
 def kept_alive(*arguments: Any) -> Any:
   """A mask update leaves every neuron its largest weight."""
-  parts = _parts(*arguments)
-  topology = keep_alive(parts.masking["topology"])
-  inner = optax.chain(parts.decay, parts.sgd)
-  return sparseopt_jax.sparsify(
-    inner, **{**parts.masking, "topology": topology}
-  )
+  masking, *inner = _parts(*arguments)
+  masking["topology"] = keep_alive(masking["topology"])
+  return sparseopt_jax.sparsify(optax.chain(*inner), **masking)
 
 
-def _rescaled(parts: _Parts, factors: Factors) -> Any:
+def live_mean(*arguments: Any) -> Any:
+  """The mean sparsity of a layer is that of its live neurons."""
+  return _rescaled(live_share, *arguments)
+
+
+def inverted(*arguments: Any) -> Any:
+  """The skew is made twice as large, instead of being undone."""
+  return _rescaled(inverse, *arguments)
+
+
+def halved(*arguments: Any) -> Any:
+  """The exponent of the correction is 1/4, and not 1/2."""
+  return _rescaled(inverse_root, *arguments)
+
+
+def _rescaled(factors: Factors, *arguments: Any) -> Any:
   """The trainer's optimiser, with factors after the correction."""
-  inner = optax.chain(scale_by_factors(), parts.decay, parts.sgd)
-  tx = sparseopt_jax.sparsify(inner, **parts.masking)
-  return with_factors(tx, parts.masking["corrected"], factors)
+  masking, *inner = _parts(*arguments)
+  tx = sparseopt_jax.sparsify(
+    optax.chain(scale_by_factors(), *inner), **masking
+  )
+  return with_factors(tx, masking["corrected"], factors)
 
 
 def scale_by_factors() -> optax.GradientTransformationExtraArgs:
@@ -173,8 +167,9 @@ def with_factors(
 
 
 def correction(mask: jax.Array) -> jax.Array:
-  """The factors of the correction, of each weight; 0 outside the mask."""
-  return sparseopt_jax.correct(jnp.ones(mask.shape), mask)
+  """The factors of the correction, of each weight; 1 outside the mask."""
+  factors = sparseopt_jax.correct(jnp.ones(mask.shape), mask)
+  return jnp.where(mask, factors, 1)
 
 
 def live_share(mask: jax.Array) -> jax.Array:
@@ -190,12 +185,12 @@ def live_share(mask: jax.Array) -> jax.Array:
 
 def inverse(mask: jax.Array) -> jax.Array:
   """What turns the factors of the correction into their inverses."""
-  return 1 / jnp.where(mask, correction(mask), 1) ** 2
+  return correction(mask) ** -2
 
 
 def inverse_root(mask: jax.Array) -> jax.Array:
   """What turns the factors of the correction into their roots."""
-  return 1 / jnp.sqrt(jnp.where(mask, correction(mask), 1))
+  return correction(mask) ** -0.5
 
 
 class _KeepAlive:
@@ -217,46 +212,34 @@ class _KeepAlive:
     return jnp.where(is_largest, jnp.inf, layer.weight)
 
 
-class KeepAliveSET(_KeepAlive, sparseopt_jax.SET):
-  """SET that leaves every neuron its largest weight."""
-
-
-class KeepAliveRigL(_KeepAlive, sparseopt_jax.RigL):
-  """RigL that leaves every neuron its largest weight."""
-
-
 def keep_alive(topology: sparseopt_jax.Topology) -> sparseopt_jax.Topology:
-  """The same topology, but no neuron loses its largest weight."""
-  kinds: dict[type, type[sparseopt_jax.SET]] = {
-    sparseopt_jax.SET: KeepAliveSET,
-    sparseopt_jax.RigL: KeepAliveRigL,
-  }
-  kind = kinds.get(type(topology))
-  return topology if kind is None else kind(**vars(topology))
+  """SET and RigL so that no neuron loses its largest weight; others as is."""
+  if type(topology) not in (sparseopt_jax.SET, sparseopt_jax.RigL):
+    return topology
+  kind = type("KeepAlive", (_KeepAlive, type(topology)), {})
+  return kind(**vars(topology))
 
 
-_OFF: dict[str, Any] = {"correction": "off"}
-_ON: dict[str, Any] = {"correction": "on"}
 VARIANTS = (
-  Variant("baseline", None, _OFF),
-  Variant("SparseOpt", "baseline", _ON),
+  Variant("baseline", None, OFF),
+  Variant("SparseOpt", "baseline", ON),
   Variant(
-    "SparseOpt, corrected growth",
-    "SparseOpt",
-    {**_ON, "grow_from": "corrected"},
+    "SparseOpt, corrected growth", "SparseOpt", ON | {"grow_from": "corrected"}
   ),
-  Variant("normalised baseline", "baseline", _OFF, normalized),
-  Variant("normalised SparseOpt", "normalised baseline", _ON, normalized),
-  Variant("HAM", "baseline", _OFF, ham),
-  Variant("SparseOpt and HAM", "HAM", _ON, ham),
-  Variant("SparseOpt after decay", "SparseOpt", _ON, decay_first),
-  Variant("SparseOpt, mean of live neurons", "SparseOpt", _ON, live_mean),
-  Variant("correction inverted", "baseline", _ON, inverted),
-  Variant("half the exponent", "baseline", _ON, halved),
-  Variant("kept alive", "baseline", _OFF, kept_alive),
-  Variant("SparseOpt, kept alive", "kept alive", _ON, kept_alive),
-  Variant("dense ends", "baseline", {**_OFF, "dense_layers": ENDS}),
-  Variant("SparseOpt, dense ends", "dense ends", {**_ON, "dense_layers": ENDS}),
+  Variant("normalised baseline", "baseline", OFF, normalized),
+  Variant("normalised SparseOpt", "normalised baseline", ON, normalized),
+  Variant("HAM", "baseline", OFF, ham),
+  Variant("SparseOpt and HAM", "HAM", ON, ham),
+  Variant("SparseOpt after decay", "SparseOpt", ON, decay_first),
+  Variant("SparseOpt, mean of live neurons", "SparseOpt", ON, live_mean),
+  Variant("correction inverted", "baseline", ON, inverted),
+  Variant("half the exponent", "baseline", ON, halved),
+  Variant("kept alive", "baseline", OFF, kept_alive),
+  Variant("SparseOpt, kept alive", "kept alive", ON, kept_alive),
+  Variant("dense ends", "baseline", OFF | _ENDS, suffix="dense_ends"),
+  Variant(
+    "SparseOpt, dense ends", "dense ends", ON | _ENDS, suffix="dense_ends"
+  ),
 )
 
 _NOTE = (
@@ -278,7 +261,8 @@ def study(args: argparse.Namespace) -> report.Report:
   chosen = [each for each in VARIANTS if each.label in args.variants]
   about = {"gradient_norm": GRADIENT_NORM, "ham": HAM, "dense_ends": ENDS}
   conditions = {condition: condition for condition in args.conditions}
-  return paired.study(args, conditions, chosen, about, _NOTE)
+  note = f", learning rate {cells.learning_rate(args):g}{_NOTE}"
+  return paired.study(args, conditions, chosen, about, note)
 
 
 def add_flags(parser: cli.Parser) -> None:

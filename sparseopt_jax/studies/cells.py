@@ -35,7 +35,7 @@ def parse_condition(text: str) -> dict[str, Any]:
   match = re.fullmatch(rf"({topologies})-(\d\d)", text)
   if match is None or match[1] == "dense":
     raise UsageError(
-      "--conditions must be such as rigl-90, set-95, srigl-95, magnitude-95 or "
+      "a condition must be such as rigl-90, set-95, srigl-95, magnitude-95 or "
       f"static-97, got {text!r}"
     )
   return {"topology": match[1], "sparsity": int(match[2]) / 100}
@@ -54,7 +54,7 @@ def config(
   """
   masking = {**parse_condition(condition), "measure_skew": True}
   if changes.get("topology") == "dense":
-    masking = {}  # None of them has an effect.
+    masking = {}  # Without masks these have no effect.
   where = {"data_dir": args.data_dir, "seed": seed}
   return Config(**(_base(args) | where | masking | changes))
 
@@ -62,13 +62,13 @@ def config(
 def _base(args: argparse.Namespace) -> dict[str, Any]:
   """The fields that all runs of a study share: a recipe's, or the studies' own.
 
-  Flags by hand win.
+  Flags by hand win, and the epochs are the study's.
   """
   flags = dict(_DEFAULTS)
   if args.recipe is not None:
     flags = dict(recipes.RECIPES[args.recipe].flags)
-  names = "dataset model width precision learning_rate epochs"
-  given = {name: vars(args).get(name) for name in names.split()}
+  names = "dataset", "model", "width", "precision", "learning_rate", "epochs"
+  given = {name: vars(args).get(name) for name in names}
   return flags | {k: value for k, value in given.items() if value is not None}
 
 
@@ -169,19 +169,17 @@ def add_budget(parser: cli.Parser) -> None:
 
 
 def trained(
-  args: argparse.Namespace,
-  configs: Mapping[str, Config],
-  factories: Mapping[str, grid.Factory] = grid.NONE,
+  args: argparse.Namespace, every: Mapping[str, grid.Cell]
 ) -> dict[str, compare.Run]:
   """The complete runs of a study; those missing are trained before.
 
-  Arguments and errors are those of `grid.run`.
+  Errors are those of `grid.run`.
 
   Raises:
     UsageError: `--report`, which trains none, and nothing is there.
   """
   jobs = 0 if args.report else args.jobs
-  runs = grid.run(configs, args.out, jobs, factories)
+  runs = grid.run(every, args.out, jobs)
   if not runs:
     raise UsageError(
       f"--out {args.out}: no run is there; leave out --report to train them"
@@ -190,7 +188,7 @@ def trained(
 
 
 def check(args: argparse.Namespace, conditions: Iterable[str]) -> None:
-  """Raises UsageError for a flag of all studies out of its range."""
+  """Raises UsageError if a flag that studies share is out of its range."""
   for name in ("seeds", "jobs"):
     if getattr(args, name) < 1:
       raise UsageError(

@@ -23,6 +23,7 @@ import numpy as np
 from sparseopt_jax import compare
 from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
+from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
 from sparseopt_jax.training.config import Config
@@ -91,9 +92,6 @@ def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
       `baseline`, `sparseopt` and their `difference`, means over the seeds with
       half the width of their 95 % confidence interval; the difference is of
       pairs. `raw`: [baseline, SparseOpt] of each seed.
-    - `speedup`: the baseline's epochs to its own final test accuracy over
-      SparseOpt's epochs to the same accuracy: the median over all seeds, with 0
-      for the `never` ones in which SparseOpt does not get there.
     - `along`: see there.
   """
   early = early_epoch(int(found[0][0].lines[-1]["epoch"]))
@@ -110,10 +108,6 @@ def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
     [epochs_to(run, ends[0] / 2) for run in pair]
     for pair, ends in zip(found, final, strict=True)
   ]
-  speedups = [
-    _speedup(baseline, other, target)
-    for (baseline, other), (target, _) in zip(found, final, strict=True)
-  ]
   return {
     "seeds": len(found),
     "final": _paired(final),
@@ -124,18 +118,8 @@ def compare_pairs(found: Sequence[Pair]) -> dict[str, Any]:
     "half": _paired(half),
     "train": _paired(last("train_accuracy")),
     "dead_neurons": _paired(last("dead_neurons")),
-    "speedup": statistics.median(speedups),
-    "never": speedups.count(0.0),
     "along": along(found),
   }
-
-
-def _speedup(baseline: compare.Run, other: compare.Run, target: float) -> float:
-  """By epochs to the target; 0 if the other never gets there."""
-  fast = epochs_to(other, target)
-  if math.isnan(fast):
-    return 0.0
-  return epochs_to(baseline, target) / fast if fast else 1.0
 
 
 def _paired(values: list[list[float]]) -> dict[str, Any]:
@@ -202,8 +186,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
       "epochs to half",
       "difference",
       "while training",
-      "speed-up",
-      "never",
     ]
   ]
   for label, row in results.items():
@@ -220,8 +202,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         report.number(half["baseline"]),
         report.number(half["difference"]),
         report.percent(row["train"]["difference"]),
-        f"{row['speedup']:.2f}" if row["speedup"] else "never",
-        str(row["never"]),
       ]
     )
   return f"{metrics.aligned(rows)}\n\n{_mechanism(results)}"
@@ -236,6 +216,7 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
       found = {name: each[arm] for name, each in row["along"].items()}
       updating = [
         [x for x in found[f"skew_slope_{when}"] if not math.isnan(x[0])]
+        or [report.interval([])]
         for when in ("before", "after")
       ]
       rows.append(
@@ -243,7 +224,7 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
           f"{label}, {arm}",
           report.number(found["skew_slope"][0]),
           report.number(found["skew_slope"][-1]),
-          *(report.number(each[-1] if each else None) for each in updating),
+          *(report.number(each[-1]) for each in updating),
           report.number(found["dead_neurons"][-1]),
           report.percent(found["itop_rate"][-1]),
           report.number(found["fan_in_spread"][-1]),
@@ -309,7 +290,7 @@ def study(args: argparse.Namespace) -> report.Report:
     for epochs, condition in itertools.product(args.budgets, args.conditions)
   }
   every = {
-    cells.name(config): config
+    cells.name(config): grid.Cell(config)
     for pairs in wanted.values()
     for pair in pairs
     for config in pair

@@ -32,10 +32,11 @@ import numpy as np
 import optax
 
 import sparseopt_jax
-from sparseopt_jax import data
 from sparseopt_jax import metrics
 from sparseopt_jax.studies import report
+from sparseopt_jax.training import build
 from sparseopt_jax.training import cli
+from sparseopt_jax.training.config import Config
 from sparseopt_jax.training.errors import UsageError
 
 NORMALIZATIONS = {"batch norm": 0, "layer norm": 1, "none": None}  # axes
@@ -75,7 +76,7 @@ def load(dataset: str, data_dir: str | None = None) -> Examples:
 
   Constant pixels are left out, the others have mean 0 and variance 1.
   """
-  found = data.load(dataset, data_dir)
+  found = build.dataset(Config(dataset=dataset, data_dir=data_dir))
   count = min(found.num_train, 10_000)
   batch = next(found.train_batches(seed=0, start_step=0, batch_size=count))
   pixels = batch["image"].reshape(count, -1).astype(np.float64)
@@ -359,10 +360,7 @@ def study(args: argparse.Namespace) -> report.Report:
   if args.steps < 0:
     raise UsageError(f"--steps must not be negative, got {args.steps}")
   report.make(args.out)
-  try:
-    examples = load(args.dataset, args.data_dir)
-  except (data.DataNotPreparedError, ImportError) as error:
-    raise UsageError(f"--dataset {args.dataset}: {error}") from error
+  examples = load(args.dataset, args.data_dir)
   found = measure_all(examples, args.seeds, args.steps)
   raw = {"dataset": args.dataset, "seeds": args.seeds, **found}
   one = at_initialization(examples, "batch norm", "He", 0)

@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparseopt_jax import compare
 from sparseopt_jax.studies import report
@@ -34,17 +34,23 @@ _FIRST = concurrent.futures.FIRST_COMPLETED
 _NOT_SHOWN = ("workdir", "resume", "keep_checkpoints", "data_dir")
 _stopped = False
 
-# Makes an optimiser, with the arguments of `training.optimizer.create`; a
-# function of a module, so that it can be sent to a worker.
-Factory = Callable[..., Any]
-NONE: Mapping[str, Factory] = {}
+
+class Cell(NamedTuple):
+  """What is trained.
+
+  Attributes:
+    config: The flags.
+    factory: Makes the optimiser where no flag tells it, with the arguments of
+      `training.optimizer.create`; a function of a module, so that it can be
+      sent to a worker.
+  """
+
+  config: Config
+  factory: Callable[..., Any] | None = None
 
 
 def run(
-  cells: Mapping[str, Config],
-  folder: pathlib.Path,
-  jobs: int,
-  factories: Mapping[str, Factory] = NONE,
+  cells: Mapping[str, Cell], folder: pathlib.Path, jobs: int
 ) -> dict[str, compare.Run]:
   """Trains what is not there yet.
 
@@ -54,7 +60,6 @@ def run(
     folder: Of all the runs.
     jobs: How many programs to train at a time, each in a process of its own;
       0 trains none.
-    factories: The optimisers of runs whose flags do not tell theirs, by name.
 
   Returns:
     The runs that are complete, by name.
@@ -64,55 +69,53 @@ def run(
     RunError: A run failed.
     signals.Interrupted: A signal came; the same command goes on from there.
   """
-  found = collect(cells, folder, factories)
+  found = collect(cells, folder)
   missing = {name: cells[name] for name in cells if name not in found}
   if not missing or not jobs:
     return found
   report.make(folder)
   print(f"{len(found)} of {len(cells)} runs are there")
-  programs, makers = {}, {}
-  for name, (cell, config) in _programs(missing, folder, jobs).items():
-    programs[name] = _placed(config, folder / name)
-    if cell in factories:
-      makers[name] = factories[cell]
-  _train_all(programs, jobs, makers)
-  return collect(cells, folder, factories)
+  _train_all(_programs(missing, folder, jobs), folder, jobs)
+  return collect(cells, folder)
 
 
 def _programs(
-  cells: Mapping[str, Config], folder: pathlib.Path, jobs: int
-) -> dict[str, tuple[str, Config]]:
-  """What to train in which folder, and the name of one of its cells.
+  cells: Mapping[str, Cell], folder: pathlib.Path, jobs: int
+) -> dict[str, Cell]:
+  """What to train, by the name of its folder.
 
   What was begun goes on as it is. The rest is trained together, if its images
   are in memory: what is alike, of consecutive seeds, in as many programs as
   there are jobs or more.
   """
-  found: dict[str, tuple[str, Config]] = {}
+  found: dict[str, Cell] = {}
   rest = {}
-  for name, config in cells.items():
+  for name, cell in cells.items():
     alone, *together = _places(folder, name)
     if (alone / folder_lib.CONFIG).is_file():
-      found[name] = name, config
+      found[name] = cell
     elif together:
       seeds = re.search(r"seeds(\d+)-(\d+)", together[0].parent.name)
       assert seeds is not None
       first, last = map(int, seeds.groups())
-      begun = dataclasses.replace(config, seed=first, networks=last - first + 1)
-      found[together[0].parent.name] = name, begun
+      size = last - first + 1
+      begun = dataclasses.replace(cell.config, seed=first, networks=size)
+      found[together[0].parent.name] = cell._replace(config=begun)
     else:
-      rest[name] = config
+      rest[name] = cell
   for names in _groups(rest, most=-(-len(rest) // jobs)):
-    config = dataclasses.replace(rest[names[0]], networks=len(names))
-    found[_joined_name(names[0], config)] = names[0], config
+    cell = rest[names[0]]
+    config = dataclasses.replace(cell.config, networks=len(names))
+    found[_joined_name(names[0], config)] = cell._replace(config=config)
   return found
 
 
-def _groups(cells: Mapping[str, Config], most: int) -> list[list[str]]:
+def _groups(cells: Mapping[str, Cell], most: int) -> list[list[str]]:
   """Names of runs to train together."""
   groups: list[list[str]] = []
   last: dict[str, tuple[int, list[str]]] = {}
-  for name, config in sorted(cells.items(), key=lambda item: item[1].seed):
+  configs = {name: cell.config for name, cell in cells.items()}
+  for name, config in sorted(configs.items(), key=lambda item: item[1].seed):
     kind = name.replace(f"seed{config.seed}", "seed")
     seed, group = last.get(kind, (-1, []))
     follows = kind != name and seed + 1 == config.seed
@@ -150,23 +153,19 @@ def _places(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def collect(
-  cells: Mapping[str, Config],
-  folder: pathlib.Path,
-  factories: Mapping[str, Factory] = NONE,
+  cells: Mapping[str, Cell], folder: pathlib.Path
 ) -> dict[str, compare.Run]:
   """The runs that are complete, by name."""
   found = {}
-  for name, config in cells.items():
+  for name, cell in cells.items():
     for path in _places(folder, name):
-      if is_complete(config, path, factories.get(name)):
+      if is_complete(cell, path):
         found[name] = compare.read(path)
         break
   return found
 
 
-def is_complete(
-  config: Config, path: pathlib.Path, factory: Factory | None = None
-) -> bool:
+def is_complete(cell: Cell, path: pathlib.Path) -> bool:
   """Whether a folder holds the end of this run.
 
   Raises:
@@ -174,18 +173,12 @@ def is_complete(
   """
   if not (path / folder_lib.SUMMARY).is_file():
     return False
-  folder_lib.check(path, folder_lib.identity(config, factory), resume=True)
+  folder_lib.check(path, folder_lib.identity(*cell), resume=True)
   return True
 
 
-def _placed(config: Config, path: pathlib.Path) -> Config:
-  return dataclasses.replace(
-    config, workdir=str(path), resume=True, keep_checkpoints=1
-  )
-
-
 def _train_all(
-  cells: Mapping[str, Config], jobs: int, factories: Mapping[str, Factory]
+  programs: Mapping[str, Cell], folder: pathlib.Path, jobs: int
 ) -> None:
   # Several processes share an accelerator only if none takes all its memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -194,8 +187,8 @@ def _train_all(
   )
   with signals.StopRequest() as stop, pool:
     futures = {
-      pool.submit(_train, cell, factories.get(name)): name
-      for name, cell in cells.items()
+      pool.submit(_train, cell, folder / name): name
+      for name, cell in programs.items()
     }
     failed = _wait_for(futures, stop)
   if stop.number:
@@ -241,13 +234,14 @@ def _begin_no_more(number: int, frame: Any) -> None:
   _stopped = True
 
 
-def _train(config: Config, factory: Factory | None) -> str:
+def _train(cell: Cell, path: pathlib.Path) -> str:
   """In a worker: trains one run, unless a signal has come."""
   global _stopped
   from sparseopt_jax import train
 
-  assert config.workdir is not None
-  path = pathlib.Path(config.workdir)
+  config = dataclasses.replace(
+    cell.config, workdir=str(path), resume=True, keep_checkpoints=1
+  )
   log = path.with_name(f"{path.name}.log")
   log.parent.mkdir(parents=True, exist_ok=True)
   with (
@@ -259,8 +253,8 @@ def _train(config: Config, factory: Factory | None) -> str:
     if _stopped:
       return "not begun"
     try:
-      command = _command(config, factory)
-      summaries = train.train(config, stop, command, factory)
+      command = _command(config, cell.factory)
+      summaries = train.train(config, stop, command, cell.factory)
     except signals.Interrupted as end:
       _stopped = True
       return str(end)
@@ -272,7 +266,7 @@ def _train(config: Config, factory: Factory | None) -> str:
   return telling.result_line(summaries)
 
 
-def _command(config: Config, factory: Factory | None) -> str:
+def _command(config: Config, factory: Callable[..., Any] | None) -> str:
   """The command that trains this run alone."""
   command = f"python -m sparseopt_jax.train {shlex.join(flags(config))}"
   if factory is None:

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sparseopt_jax import _numbers
-from sparseopt_jax._numbers import check, check_type
-
 # The exponent of a step lies between these.
 _MAX_EXPONENT = 5.0
 
@@ -73,38 +70,10 @@ def ham(
     A ``GradientTransformationExtraArgs`` with a `HamState`. Its ``update``
     needs ``params``.
 
-  Raises:
-    TypeError: If an argument has the wrong type.
-    ValueError: In ``update``, if ``params`` are missing.
-
-  Examples:
-
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> import optax
-    >>> import sparseopt_jax
-    >>> from sparseopt_jax.studies import ham
-    >>> tx = sparseopt_jax.sparsify(
-    ...   ham.ham(optax.sgd(0.1, momentum=0.9), 0.1), 0.75, corrected=True
-    ... )
-    >>> params = {'kernel': jnp.ones((8, 4)), 'bias': jnp.zeros(4)}
-    >>> opt_state = tx.init(params)
-    >>> params = sparseopt_jax.apply_masks(params, opt_state)
-    >>> grads = jax.tree.map(jnp.ones_like, params)
-    >>> updates, opt_state = tx.update(grads, opt_state, params)
-    >>> params = optax.apply_updates(params, updates)
-
   References:
     Jacobs et al., `Hyperbolic Aware Minimization: Implicit Bias for Sparsity
     <https://arxiv.org/abs/2506.02630>`_, 2026
   """
-  is_one = hasattr(inner, "init") and hasattr(inner, "update")
-  check_type(is_one, "inner must be a GradientTransformation", inner)
-  for name, value in (("alpha", alpha), ("beta", beta)):
-    check_type(_numbers.is_real(value), f"{name} must be a number", value)
-  is_rate = callable(learning_rate) or _numbers.is_real(learning_rate)
-  rule = "learning_rate must be a number or a schedule"
-  check_type(is_rate, rule, learning_rate)
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params: optax.Params) -> HamState:
@@ -116,8 +85,6 @@ def ham(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, HamState]:
-    rule = "params must be passed to update, since the step scales them"
-    check(params is not None, rule, params)
     rate = learning_rate
     if callable(learning_rate):
       rate = learning_rate(state.count)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+import itertools
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,44 +16,44 @@ from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
-from sparseopt_jax.training.config import Config
 
 Runs = Mapping[str, Mapping[int, compare.Run]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
+# Without SparseOpt, and with it.
+OFF: dict[str, Any] = {"correction": "off"}
+ON: dict[str, Any] = {"correction": "on"}
+
+
+class Variant(NamedTuple):
   """One way to train.
 
   Attributes:
     label: For tables and figures.
-    against: The label of the variant to compare with.
-    changes: Fields of `Config`.
-    factory: Its optimiser, where no flag of the trainer tells it.
+    against: The label of the variant to compare with, or None.
+    changes: Fields of `Config` that differ from flags and condition.
+    factory: As of `grid.Cell`.
+    suffix: Of the folder's name, which by itself does not tell every field.
   """
 
   label: str
   against: str | None
-  changes: Mapping[str, Any]
-  factory: grid.Factory | None = None
+  changes: dict[str, Any]
+  factory: Callable[..., Any] | None = None
+  suffix: str = ""
 
-  def config(
+  def cell(
     self, args: argparse.Namespace, condition: str, seed: int
-  ) -> Config:
-    """One run of it."""
-    changes = dict(self.changes)
+  ) -> tuple[str, grid.Cell]:
+    """One run of it, and its folder: that of other studies which train it."""
+    changes, words = self.changes, [self.suffix] if self.suffix else []
     if self.factory is not None:
-      changes["measure_skew"] = False  # The trainer's optimiser does it.
-    return cells.config(args, condition, seed, **changes)
-
-  def name(self, config: Config) -> str:
-    """The folder of a run; that of other studies where they share it."""
-    words = [cells.name(config)]
-    if self.factory is not None:
-      words.append(self.factory.__name__)
-    if "dense_layers" in self.changes:
-      words.append("dense_layers")
-    return "-".join(words)
+      # Only the trainer's own optimiser measures it.
+      changes = {**changes, "measure_skew": False}
+      words = [self.factory.__name__, *words]
+    config = cells.config(args, condition, seed, **changes)
+    name = "-".join([cells.name(config), *words])
+    return name, grid.Cell(config, self.factory)
 
 
 def study(
@@ -75,27 +75,24 @@ def study(
   Raises:
     UsageError: `--report`, and nothing is there.
   """
-  wanted = [
-    (variant.name(config), label, variant, config)
-    for label, condition in conditions.items()
-    for variant in variants
-    for seed in range(args.seeds)
-    for config in [variant.config(args, condition, seed)]
-  ]
-  every = {name: config for name, _, _, config in wanted}
-  makers = {name: one.factory for name, _, one, _ in wanted if one.factory}
-  runs = cells.trained(args, every, makers)
+  every: dict[str, grid.Cell] = {}
+  places: dict[tuple[str, str, int], str] = {}
+  for seed, (label, condition), variant in itertools.product(
+    range(args.seeds), conditions.items(), variants
+  ):
+    name, cell = variant.cell(args, condition, seed)
+    assert every.setdefault(name, cell) == cell, f"two variants named {name}"
+    places[label, variant.label, seed] = name
+  runs = cells.trained(args, every)
   found: dict[str, dict[str, dict[int, compare.Run]]] = {}
-  for name, label, variant, config in wanted:
+  for (label, of, seed), name in places.items():
     if name in runs:
-      of_label = found.setdefault(label, {})
-      of_label.setdefault(variant.label, {})[config.seed] = runs[name]
+      found.setdefault(label, {}).setdefault(of, {})[seed] = runs[name]
   results = {label: summarise(each, variants) for label, each in found.items()}
   raw = {**cells.about(args, runs), **about, "results": results}
   text = (
     f"{table(results)}\n{len(runs)} of {len(every)} runs; "
-    f"{cells.described(args)}, {args.epochs} epochs, learning rate "
-    f"{cells.learning_rate(args):g}{note}"
+    f"{cells.described(args)}, {args.epochs} epochs{note}"
   )
   return report.Report(raw, text, lambda: figure(results))
 
@@ -132,15 +129,11 @@ def summarise(
       }
       for figure in ("test_accuracy", "train_accuracy")
     )
+    values = {**raw, "difference": test, "train_difference": train}
     results[variant.label] = {
       "against": variant.against,
-      "test_accuracy": report.interval(list(raw["test_accuracy"].values())),
-      "difference": report.interval(list(test.values())) if test else None,
-      "train_difference": (
-        report.interval(list(train.values())) if train else None
-      ),
+      **{k: report.interval(list(v.values())) for k, v in values.items()},
       "itop_rate": statistics.fmean(x["itop_rate"] for x in ends.values()),
-      "dead_neurons": statistics.fmean(raw["dead_neurons"].values()),
       "raw": {**raw, "difference": test},
     }
   return results
@@ -161,16 +154,16 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
   rows = [header]
   for condition, found in results.items():
     for label, row in found.items():
-      changes = [row["difference"], row["train_difference"]]
       rows.append(
         [
           f"{condition}, {label}",
           str(len(row["raw"]["test_accuracy"])),
           report.percent(row["test_accuracy"]),
-          *(report.percent(change) if change else "-" for change in changes),
+          report.percent(row["difference"]),
+          report.percent(row["train_difference"]),
           row["against"] or "-",
           f"{100 * row['itop_rate']:.1f}",
-          f"{row['dead_neurons']:.1f}",
+          f"{row['dead_neurons'][0]:.1f}",
         ]
       )
   return metrics.aligned(rows)

@@ -26,9 +26,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
   Returns:
     By Student's t distribution; the second is NaN for a single value, and both
-    are if any value is.
+    are for none, or if any value is.
   """
-  if any(map(math.isnan, values)):
+  if not values or any(map(math.isnan, values)):
     return math.nan, math.nan
   mean = statistics.fmean(values)
   if len(values) < 2:
@@ -42,9 +42,9 @@ def percent(value: Sequence[float]) -> str:
   return number([100 * x for x in value])
 
 
-def number(value: Sequence[float] | None) -> str:
+def number(value: Sequence[float]) -> str:
   """An `interval`; one number alone without its width."""
-  if value is None or math.isnan(value[0]):
+  if math.isnan(value[0]):
     return "-"
   mean, half = value
   return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
@@ -64,15 +64,16 @@ class Report(NamedTuple):
   Attributes:
     raw: The results.
     table: For people.
-    figure: Draws them; called in the package's style.
+    figure: Draws them, if there is something to draw; called in the package's
+      style.
   """
 
   raw: dict[str, Any]
   table: str
-  figure: Callable[[], Figure]
+  figure: Callable[[], Figure] | None = None
 
   def save(self, folder: pathlib.Path, name: str, command: str) -> None:
-    """Writes NAME.json, NAME.txt and NAME.png, and prints the table.
+    """Writes NAME.json, NAME.txt and perhaps NAME.png, and prints the table.
 
     Args:
       folder: Made if it is not there.
@@ -83,6 +84,9 @@ class Report(NamedTuple):
     content = {"command": command, **telling.surroundings(), **self.raw}
     records.write_json(folder / f"{name}.json", content)
     records.write_bytes(folder / f"{name}.txt", f"{self.table}\n".encode())
-    with matplotlib.rc_context(plots.STYLE):
-      records.write_bytes(folder / f"{name}.png", plots.png(self.figure()))
-    print(f"{self.table}\n{folder / name}.json, .txt, .png")
+    kinds = ".json, .txt"
+    if self.figure is not None:
+      kinds += ", .png"
+      with matplotlib.rc_context(plots.STYLE):
+        records.write_bytes(folder / f"{name}.png", plots.png(self.figure()))
+    print(f"{self.table}\n{folder / name}{kinds}")

@@ -11,17 +11,17 @@ import argparse
 from sparseopt_jax.studies import cells
 from sparseopt_jax.studies import paired
 from sparseopt_jax.studies import report
+from sparseopt_jax.studies.paired import OFF
+from sparseopt_jax.studies.paired import ON
 from sparseopt_jax.studies.paired import Variant
 from sparseopt_jax.training import cli
 
 VARIANTS = (
-  Variant("RigL", None, {"topology": "rigl", "correction": "off"}),
-  Variant("RigL, SparseOpt", "RigL", {"topology": "rigl"}),
-  Variant("SRigL", "RigL", {"topology": "srigl", "correction": "off"}),
-  Variant(
-    "gradual pruning", "RigL", {"topology": "magnitude", "correction": "off"}
-  ),
-  Variant("static", "RigL", {"topology": "static", "correction": "off"}),
+  Variant("RigL", None, {**OFF, "topology": "rigl"}),
+  Variant("RigL, SparseOpt", "RigL", {**ON, "topology": "rigl"}),
+  Variant("SRigL", "RigL", {**OFF, "topology": "srigl"}),
+  Variant("gradual pruning", "RigL", {**OFF, "topology": "magnitude"}),
+  Variant("static", "RigL", {**OFF, "topology": "static"}),
   Variant("dense", "RigL", {"topology": "dense"}),
 )
 
@@ -34,7 +34,8 @@ def study(args: argparse.Namespace) -> report.Report:
   """
   conditions = {f"{s} %": f"rigl-{s}" for s in args.sparsities}
   cells.check(args, conditions.values())
-  note = ", not tuned for a topology"
+  rate = cells.learning_rate(args)
+  note = f", learning rate {rate:g}, not tuned for a topology"
   return paired.study(args, conditions, VARIANTS, {}, note)
 
 

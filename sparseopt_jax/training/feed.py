@@ -120,9 +120,9 @@ class Streamed(Feed):
 
   def train(self, step: int) -> tuple[Examples, int, int]:
     start = time.perf_counter()
-    batch = next(self._batches)
+    batch = self._put(next(self._batches))
     self.waited += time.perf_counter() - start
-    return self._put(batch), 0, 1
+    return batch, 0, 1
 
   def test(self) -> Generator[tuple[Examples, int], None, None]:
     with contextlib.closing(self._test_batches()) as batches:
