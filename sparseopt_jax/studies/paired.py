@@ -171,25 +171,29 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 def figure(results: dict[str, dict[str, dict[str, Any]]]) -> Figure:
   """A row a condition: accuracies on the left, differences on the right."""
-  found = Figure(figsize=(12, 4.2 * len(results)), layout="constrained")
-  axes: Any = found.subplots(len(results), 2, squeeze=False, sharey="row")
-  for (left, right), (condition, rows) in zip(
+  every = [row for rows in results.values() for row in rows.values()]
+  columns = 2 if any(row["against"] for row in every) else 1
+  size = 6 * columns, 4.2 * len(results)
+  found = Figure(figsize=size, layout="constrained")
+  axes: Any = found.subplots(len(results), columns, squeeze=False, sharey="row")
+  for (left, *others), (condition, rows) in zip(
     axes, results.items(), strict=True
   ):
     _dots(left, rows, "test_accuracy")
     left.set_title(f"{condition}: test accuracy, %")
     left.set_yticks([-i for i in range(len(rows))], list(rows))
-    _dots(right, rows, "difference")
-    right.set_title("Difference to ..., points")
-    right.axvline(0, color="black", lw=0.8)
-    for index, row in enumerate(rows.values()):
-      right.annotate(
-        f"to {row['against']}" if row["against"] else "",
-        (1.0, -index),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=8,
-      )
+    for right in others:
+      _dots(right, rows, "difference")
+      right.set_title("Difference to ..., points")
+      right.axvline(0, color="black", lw=0.8)
+      for index, row in enumerate(rows.values()):
+        right.annotate(
+          f"to {row['against']}" if row["against"] else "",
+          (1.0, -index),
+          xycoords=("axes fraction", "data"),
+          va="center",
+          fontsize=8,
+        )
   found.supxlabel("each seed; mean and 95 % interval", fontsize=9)
   return found
 

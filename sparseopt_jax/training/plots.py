@@ -143,7 +143,7 @@ def comparison(
     left.set_title("Test accuracy: mean, and range over seeds")
     left.set_xlabel("epoch")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=1 + (len(groups) > 3))
     right.set_title("At the end, each seed")
     right.set_xticks([])
     right.set_xlim(-0.5, len(groups) - 0.5)
