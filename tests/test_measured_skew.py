@@ -90,13 +90,22 @@ def test_slopes_are_those_of_least_squares(kind):
     if was_due:
       seen["after"].append(points)
     was_due = is_due
-  found = skew.figures(state)
+  found = skew.figures(state, params)
   for name, key in (
     ("skew_slope", "all"),
     ("skew_slope_before", "before"),
     ("skew_slope_after", "after"),
   ):
     assert found[name] == pytest.approx(_slope(seen[key]), abs=1e-4), name
+  masks = sparseopt_jax.get_masks(state)
+  sizes = [
+    _points(mask, weight, np.ones(mask.shape))
+    for name in MEASURED
+    for mask, weight in [
+      [np.asarray(tree[name]["kernel"]) for tree in (masks, params)]
+    ]
+  ]
+  assert found["weight_slope"] == pytest.approx(_slope([sizes]), abs=1e-4)
   assert set(found["layers"]) == set(paths)
   for index, path in enumerate(paths):
     mine = [[step[index]] for step in seen["all"]]
@@ -114,10 +123,11 @@ def test_there_is_no_slope_where_fan_ins_are_equal():
   state = tx.init(params)
   grads = {"kernel": jnp.arange(64.0).reshape(16, 4)}
   _, state = tx.update(grads, state, params)
-  assert skew.figures(state) == {
+  assert skew.figures(state, params) == {
     "skew_slope": None,
     "skew_slope_before": None,
     "skew_slope_after": None,
+    "weight_slope": None,
     "layers": {"kernel": None},
   }
 

@@ -14,10 +14,7 @@ from typing import Any
 
 from sparseopt_jax import models
 from sparseopt_jax.benchmarks import compilation
-from sparseopt_jax.benchmarks import input_pipeline
-from sparseopt_jax.benchmarks import networks
 from sparseopt_jax.benchmarks import optimizer
-from sparseopt_jax.benchmarks import tensorflow_step
 from sparseopt_jax.benchmarks import timing
 from sparseopt_jax.benchmarks import training_step
 from sparseopt_jax.training import cli
@@ -45,6 +42,29 @@ _FLAGS: dict[str, dict[str, Any]] = {
   "width": {"type": int, "help": "channels or neurons"},
   "steps": {"default": 3, "help": "steps that are timed together"},
 }
+
+
+# Imported when they run, since they need Flax and more.
+
+
+def _networks(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import networks
+
+  configs = [_config(args, n) for n in sorted({1, *args.networks})]
+  return networks.run(configs, args.repeats, args.steps)
+
+
+def _tensorflow(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import tensorflow_step
+
+  return tensorflow_step.run(_config(args), args.repeats, args.steps)
+
+
+def _input(args: argparse.Namespace) -> dict[str, dict]:
+  from sparseopt_jax.benchmarks import input_pipeline
+
+  config = dataclasses.replace(_config(args), dataset="imagenet2012")
+  return input_pipeline.run(config, args.repeats)
 
 
 def _config(args: argparse.Namespace, networks: int = 1) -> config_lib.Config:
@@ -90,22 +110,18 @@ _COMMANDS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "model=resnet20 batch-size image-size precision repeats",
   ),
   "networks": (
-    lambda a: networks.run(
-      [_config(a, n) for n in sorted({1, *a.networks})], a.repeats, a.steps
-    ),
+    _networks,
     "many networks in one program, against one after the other",
     "model=resnet20 width batch-size precision networks devices steps=10 "
     "repeats",
   ),
   "tensorflow": (
-    lambda a: tensorflow_step.run(_config(a), a.repeats, a.steps),
+    _tensorflow,
     "the trainer's step, against the same one in TensorFlow",
     "model=resnet20 batch-size steps repeats",
   ),
   "input": (
-    lambda a: input_pipeline.run(
-      dataclasses.replace(_config(a), dataset="imagenet2012"), a.repeats
-    ),
+    _input,
     "images a second of the input, against the trainer's step",
     "model=resnet50 batch-size precision repeats",
   ),

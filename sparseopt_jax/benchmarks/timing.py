@@ -14,7 +14,6 @@ import optax
 
 import sparseopt_jax
 from sparseopt_jax import metrics
-from sparseopt_jax.training import telling
 
 NEVER = 2**30
 _LEARNING_RATE = 0.01
@@ -109,6 +108,8 @@ def _text(value: Any) -> str:
 
 def machine() -> dict[str, Any]:
   """Where and with what the figures were taken."""
+  from sparseopt_jax.training import telling  # Needs tqdm.
+
   processor = platform.processor() or platform.machine()
   cores = os.cpu_count()
   return {**telling.surroundings(), "processor": processor, "cores": cores}

@@ -145,7 +145,8 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
     for arm, runs in columns
   }
   intervals = {}
-  for name in (*_PANELS, "skew_slope_before", "skew_slope_after"):
+  others = "skew_slope_before", "skew_slope_after", "weight_slope"
+  for name in (*_PANELS, *others):
     values = {
       arm: [[_figure(name, x, arm) for x in lines] for lines in epochs[arm]]
       for arm in ARMS
@@ -209,7 +210,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def _mechanism(results: dict[str, dict[str, Any]]) -> str:
   header = ["condition, epochs, arm", "skew slope: first epoch", "last"]
-  header += ["before mask updates", "after", "dead", "ITOP %", "fan-in spread"]
+  header += ["before mask updates", "after", "weights' size", "dead", "ITOP %"]
+  header += ["fan-in spread"]
   rows = [header]
   for label, row in results.items():
     for arm in (*_COLORS, "difference"):
@@ -225,6 +227,7 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
           report.number(found["skew_slope"][0]),
           report.number(found["skew_slope"][-1]),
           *(report.number(each[-1]) for each in updating),
+          report.number(found["weight_slope"][-1]),
           report.number(found["dead_neurons"][-1]),
           report.percent(found["itop_rate"][-1]),
           report.number(found["fan_in_spread"][-1]),
@@ -232,7 +235,9 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
       )
   note = (
     "skew slope: of log relative update against log density, of the updates "
-    "that the run makes;\nbefore and after: in the last epoch with mask updates"
+    "that the run makes;\nbefore and after: in the last epoch with mask "
+    "updates; weights' size: slope of the log root mean\nsquare of a neuron's "
+    "weights at the end"
   )
   return f"{metrics.aligned(rows)}\n{note}"
 

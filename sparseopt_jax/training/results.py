@@ -53,7 +53,7 @@ class Results(records.MetricsLog):
       "train_loss": train_loss,
       "train_accuracy": train_accuracy,
       "nonfinite_steps": int(state.nonfinite_steps),
-      **telling.sparsity_figures(state.opt_state),
+      **telling.sparsity_figures(state),
     }
     self.append(line)
     return line

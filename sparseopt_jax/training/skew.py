@@ -6,6 +6,14 @@ w_i \rVert` of neuron :math:`i` go with a power of its density :math:`1 - s_i`:
 skewed. The power is the slope of a least-squares line through the logarithms,
 over the neurons of a layer. :math:`g_i` is the gradient of a batch before
 SparseOpt, which adds 1/2 to the slope.
+
+A neuron in front of batch normalisation is scale invariant: the gradient of
+:math:`w_i` is :math:`\hat g_i / \lVert w_i \rVert`. SGD grows :math:`\lVert w_i
+\rVert^2` by the squared length of each step, so in the long run :math:`\lVert
+w_i \rVert` goes with the root of what the gradient is multiplied by. Then the
+multiplier no longer shows in the relative update. Weight decay leads to the
+same. SparseOpt multiplies by :math:`(1 - s_i)^{1/2}`, and so adds 1/4 to the
+slope of the weights' size.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ import optax
 import sparseopt_jax
 from sparseopt_jax import _paths
 from sparseopt_jax import _state
+from sparseopt_jax.metrics import on_host
 
 # Batch normalisation takes one of a neuron's directions off its gradient. Where
 # it has fewer inputs than these, that alone would make a slope.
@@ -107,16 +116,19 @@ def measured(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def figures(state: SkewState) -> dict[str, Any]:
+def figures(state: SkewState, params: Any) -> dict[str, Any]:
   """The slopes of the epoch so far, on the host.
 
   Args:
     state: From `measured`.
+    params: The parameters.
 
   Returns:
     `skew_slope`, `skew_slope_before` and `skew_slope_after` a mask update: one
-    slope over all layers, each with an intercept of its own. `layers`: the
-    slope over all steps of each. None where there was nothing to measure.
+    slope over all layers, each with an intercept of its own. `weight_slope`:
+    that of the root mean square of a neuron's weights, now. `layers`: the
+    slope of the skew over all steps of each. None where there was nothing to
+    measure.
   """
   moments = {
     path: np.asarray(jax.device_get(each), np.float64)
@@ -124,8 +136,16 @@ def figures(state: SkewState) -> dict[str, Any]:
   }
   names = ("skew_slope", "skew_slope_before", "skew_slope_after")
   total = sum(moments.values(), np.zeros((3, 2)))
+  masks = _paths.by_name(sparseopt_jax.get_masks(state.inner))
+  weights = _paths.by_name(params)
+  # Relative to a vector of ones, whose norm is the root of the fan-in.
+  sizes = [
+    _moments_of(on_host(masks[path]), on_host(weights[path]), 1.0)
+    for path in moments
+  ]
   return {
     **dict(zip(names, map(_slope, total), strict=True)),
+    "weight_slope": _slope(sum(map(np.asarray, sizes), np.zeros(2))),
     "layers": {path: _slope(each[0]) for path, each in moments.items()},
   }
 
@@ -141,6 +161,9 @@ def _moments(mask: jax.Array, gradient: Any, weight: Any) -> jax.Array:
   mean = jnp.sum(x, where=valid) / jnp.maximum(jnp.sum(valid), 1)
   x = jnp.where(valid, x - mean, 0.0)
   return jnp.stack([jnp.sum(x * y), jnp.sum(x * x)]).astype(jnp.float32)
+
+
+_moments_of = jax.jit(_moments)
 
 
 def _slope(moments: np.ndarray) -> float | None:

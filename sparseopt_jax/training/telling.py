@@ -161,7 +161,7 @@ def result_line(summaries: Sequence[dict[str, Any]]) -> str:
 _metrics = runtime.quick_jit(sparseopt_jax.sparsity_metrics)
 
 
-def sparsity_figures(opt_state: Any) -> dict[str, Any]:
+def sparsity_figures(state: TrainState) -> dict[str, Any]:
   """`sparsity_metrics` as Python numbers, and `layers`: figures of each.
 
   A layer's `fan_in_spread` is the standard deviation of its neurons' fan-ins
@@ -169,6 +169,7 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
   run has sparsity 0, ITOP rate 1 and no layers. With `--measure-skew` there are
   the slopes of `skew.figures`.
   """
+  opt_state = state.opt_state
   if not has_masks(opt_state):
     return {"sparsity": 0.0, "itop_rate": 1.0, "dead_neurons": 0, "layers": {}}
   metrics = jax.device_get(_metrics(opt_state))
@@ -176,7 +177,7 @@ def sparsity_figures(opt_state: Any) -> dict[str, Any]:
   masks = _masks(opt_state).items()
   figures["layers"] = {path: _layer(mask) for path, mask in masks}
   if isinstance(opt_state, skew.SkewState):
-    slopes = skew.figures(opt_state)
+    slopes = skew.figures(opt_state, state.params)
     for path, slope in slopes.pop("layers").items():
       figures["layers"][path]["skew_slope"] = slope
     figures |= slopes
