@@ -723,7 +723,10 @@ def test_neurons_are_kept_alive(kind):
     assert len({int(mask.sum()) for mask in masks}) == 1
     return [int(mask.any(axis=(0, 1)).sum()) for mask in masks]
 
-  dying, kept = live(topology), live(ablations.keep_alive(topology))
+  dying, kept = (
+    live(topology),
+    live(ablations.changed(topology, ablations.KeepAlive)),
+  )
   assert dying[0] == kept[0] > dying[-1]
   assert kept == sorted(kept)
 
@@ -735,14 +738,46 @@ def test_one_weight_of_each_neuron_is_kept_alive():
   layer = sparseopt_jax.Layer(
     "kernel", 0, 0, (0,), np.array(6), True, weight, mask
   )
-  topology = ablations.keep_alive(sparseopt_jax.RigL(99, drop_fraction=0.2))
+  rigl = sparseopt_jax.RigL(99, drop_fraction=0.2)
+  topology = ablations.changed(rigl, ablations.KeepAlive)
   assert (topology.update_until, topology.drop_fraction) == (99, 0.2)
   np.testing.assert_array_equal(
     topology.drop_scores(layer),
     [[1.0, np.inf, np.inf], [np.inf, 0.0, 3.0], [4.0, 0.0, 0.0]],
   )
   static = sparseopt_jax.Static()
-  assert ablations.keep_alive(static) is static
+  assert ablations.changed(static, ablations.KeepAlive) is static
+
+
+def test_what_is_dropped_relative_to_its_neuron():
+  """Scaling a neuron changes nothing; one without weights scores 0."""
+  rng = np.random.default_rng(7)
+  weight = rng.normal(size=(3, 5, 4)).astype(np.float32)
+  mask = rng.random(weight.shape) < 0.6
+  mask[..., 3] = False
+  topology = ablations.changed(sparseopt_jax.SET(99), ablations.RelativeDrop)
+
+  def scores(weight):
+    layer = sparseopt_jax.Layer(
+      "kernel",
+      0,
+      0,
+      (0, 1),
+      np.array(9),
+      True,
+      jnp.asarray(weight * mask),
+      mask,
+    )
+    return np.asarray(topology.drop_scores(layer))
+
+  found = scores(weight)
+  for neuron in range(3):
+    w = np.where(mask, weight, 0)[..., neuron]
+    rms = np.sqrt(np.sum(w**2) / mask[..., neuron].sum())
+    np.testing.assert_allclose(found[..., neuron], w / rms, rtol=1e-5)
+  np.testing.assert_array_equal(found[..., 3], 0)
+  scaled = scores(weight * np.array([1, 8, 0.25, 1], np.float32))
+  np.testing.assert_allclose(scaled, found, rtol=1e-5)
 
 
 def test_factors_are_of_the_masks_before_the_update(params):
@@ -790,6 +825,7 @@ def test_growth_is_by_the_gradient_without_factors(params):
     ablations.decay_first,
     ablations.live_mean,
     ablations.kept_alive,
+    ablations.relative_drop,
     ablations.inverted,
     ablations.halved,
   ],

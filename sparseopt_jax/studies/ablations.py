@@ -86,8 +86,18 @@ def decay_first(*arguments: Any) -> Any:
 
 def kept_alive(*arguments: Any) -> Any:
   """A mask update leaves every neuron its largest weight."""
+  return _dropping(KeepAlive, *arguments)
+
+
+def relative_drop(*arguments: Any) -> Any:
+  """Weights are dropped by their size relative to their neuron's."""
+  return _dropping(RelativeDrop, *arguments)
+
+
+def _dropping(mixin: type, *arguments: Any) -> Any:
+  """The trainer's optimiser, with a topology that drops in another way."""
   masking, *inner = _parts(*arguments)
-  masking["topology"] = keep_alive(masking["topology"])
+  masking["topology"] = changed(masking["topology"], mixin)
   return sparseopt_jax.sparsify(optax.chain(*inner), **masking)
 
 
@@ -193,7 +203,7 @@ def inverse_root(mask: jax.Array) -> jax.Array:
   return correction(mask) ** -0.5
 
 
-class _KeepAlive:
+class KeepAlive:
   """Drops a neuron's largest weight after all others, if ever.
 
   So no neuron dies in training. One without inputs from the start may stay so.
@@ -212,11 +222,29 @@ class _KeepAlive:
     return jnp.where(is_largest, jnp.inf, layer.weight)
 
 
-def keep_alive(topology: sparseopt_jax.Topology) -> sparseopt_jax.Topology:
-  """SET and RigL so that no neuron loses its largest weight; others as is."""
+class RelativeDrop:
+  """Drops the weights that are smallest beside the others of their neuron.
+
+  Batch normalisation takes the size of a neuron's weights away, so that weights
+  of several neurons cannot be compared as they are. The neurons lie along the
+  last axis.
+  """
+
+  def drop_scores(self, layer: sparseopt_jax.Layer) -> jax.Array:
+    """The weights over the root mean square of their neuron's."""
+    square = jnp.square(layer.weight.astype(jnp.float32))
+    axes = tuple(range(square.ndim - 1))
+    mean = jnp.mean(square, axes, keepdims=True, where=layer.mask)
+    return layer.weight / jnp.sqrt(jnp.where(mean > 0, mean, 1))
+
+
+def changed(
+  topology: sparseopt_jax.Topology, mixin: type
+) -> sparseopt_jax.Topology:
+  """SET and RigL with a method of the mixin's; others as they are."""
   if type(topology) not in (sparseopt_jax.SET, sparseopt_jax.RigL):
     return topology
-  kind = type("KeepAlive", (_KeepAlive, type(topology)), {})
+  kind = type(mixin.__name__, (mixin, type(topology)), {})
   return kind(**vars(topology))
 
 
@@ -236,6 +264,8 @@ VARIANTS = (
   Variant("half the exponent", "baseline", ON, halved),
   Variant("kept alive", "baseline", OFF, kept_alive),
   Variant("SparseOpt, kept alive", "kept alive", ON, kept_alive),
+  Variant("relative drop", "baseline", OFF, relative_drop),
+  Variant("SparseOpt, relative drop", "relative drop", ON, relative_drop),
   Variant("dense ends", "baseline", OFF | _ENDS, suffix="dense_ends"),
   Variant(
     "SparseOpt, dense ends", "dense ends", ON | _ENDS, suffix="dense_ends"
