@@ -5,15 +5,18 @@ w_i \rVert` of neuron :math:`i` go with a power of its density :math:`1 - s_i`:
 -1/2 where the weights of all neurons have the same variance, 0 where nothing is
 skewed. The power is the slope of a least-squares line through the logarithms,
 over the neurons of a layer. :math:`g_i` is the gradient of a batch before
-SparseOpt, which adds 1/2 to the slope.
+SparseOpt; after it the slope is 1/2 larger.
 
 A neuron in front of batch normalisation is scale invariant: the gradient of
-:math:`w_i` is :math:`\hat g_i / \lVert w_i \rVert`. SGD grows :math:`\lVert w_i
-\rVert^2` by the squared length of each step, so in the long run :math:`\lVert
-w_i \rVert` goes with the root of what the gradient is multiplied by. Then the
-multiplier no longer shows in the relative update. Weight decay leads to the
-same. SparseOpt multiplies by :math:`(1 - s_i)^{1/2}`, and so adds 1/4 to the
-slope of the weights' size.
+:math:`w_i` is :math:`\hat g_i / \lVert w_i \rVert`, where :math:`\hat g_i`
+depends on the direction alone and is orthogonal to it. A multiplier :math:`m_i`
+of the gradient lets SGD add :math:`\eta^2 m_i^2 \lVert \hat g_i \rVert^2 /
+\lVert w_i \rVert^2` to :math:`\lVert w_i \rVert^2` in each step. Once that has
+outgrown the first weights, or weight decay after the correction balances it,
+:math:`\lVert w_i \rVert` goes with the root of :math:`m_i \lVert \hat g_i
+\rVert`, and :math:`m_i` no longer shows in the relative update. So if masks
+stand still and :math:`\hat g_i` is otherwise the same, SparseOpt, with
+:math:`m_i^2 \sim 1 - s_i`, adds 1/4 to the slope of the weights' size.
 """
 
 from __future__ import annotations
