@@ -377,8 +377,9 @@ def test_the_grid_of_the_baseline(tmp_path, monkeypatch, capsys):
   assert "8 of 12 runs" in capsys.readouterr().out
 
 
-def test_two_variants_of_one_name_are_refused(tmp_path):
+def test_two_variants_of_one_name_are_refused(tmp_path, monkeypatch):
   """Else both would report the same run."""
+  forbid_training(monkeypatch)
   args = arguments(ablations, tmp_path)
   variants = [
     paired.Variant("one", None, paired.OFF | {"distribution": kind})
