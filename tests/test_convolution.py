@@ -90,6 +90,31 @@ def test_many_networks_by_vmap():
       np.testing.assert_allclose(one[number], other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("own_images", [False, True])
+def test_many_networks_in_the_form_of_accelerators(own_images):
+  """One convolution for all image gradients, one each for the kernels'."""
+  one, kernel, strides, padding = _arrays(SHAPES["3x3, stride 2, even"])
+  rng = np.random.default_rng(1)
+  images = rng.normal(size=(3, *one.shape)).astype(np.float32)
+  kernels = rng.normal(size=(3, *kernel.shape)).astype(np.float32)
+  gradients = rng.normal(size=(3, 4, 4, 4, 5)).astype(np.float32)
+  if not own_images:
+    images[:] = images[0]
+  backward = jax.vmap(
+    functools.partial(convolution._backward_of_plain, strides, padding),
+    in_axes=(0 if own_images else None, 0, 0),
+  )
+  given = images if own_images else images[0], kernels, gradients
+  program = jax.jit(backward).lower(*given).compile()
+  found = program(*given)
+  plain = lambda x, w: _plain(x, w, strides, padding)
+  for index in range(3):
+    _, pull = jax.vjp(plain, images[index], kernels[index])
+    for each, other in zip(found, pull(gradients[index]), strict=True):
+      np.testing.assert_allclose(each[index], other, rtol=1e-4, atol=1e-4)
+  assert program.as_text().count(" convolution(") == 1 + 3
+
+
 def test_a_loop_has_no_convolution_that_is_not_a_forward_one():
   """In a loop, XLA's CPU backend has a library for these alone."""
   images, kernel, strides, padding = _arrays(SHAPES["3x3, stride 2, even"])
