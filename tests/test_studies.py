@@ -301,7 +301,7 @@ def test_the_plan_for_an_accelerator_stops_in_time_and_goes_on(tmp_path):
   assert stopped.returncode == 2
   assert 50 < time.monotonic() - begun < 150
   assert "stopped by SIGTERM" in stopped.stdout
-  (checkpoints,) = out.glob("rigl-95-off-10000epochs-*/checkpoints")
+  (checkpoints,) = out.glob("rigl-97-off-10000epochs-*/checkpoints")
   assert list(checkpoints.iterdir())
 
 
