@@ -115,6 +115,30 @@ def test_many_networks_in_the_form_of_accelerators(own_images):
   assert program.as_text().count(" convolution(") == 1 + 3
 
 
+def test_gradients_of_single_examples_in_the_form_of_accelerators():
+  """As many convolutions as for one."""
+  images, kernel, strides, padding = _arrays(SHAPES["3x3"])
+  gradients = jnp.cos(jnp.arange(4.0 * 8 * 8 * 5)).reshape(4, 1, 8, 8, 5)
+  backward = functools.partial(convolution._backward_of_plain, strides, padding)
+  each = jax.vmap(backward, in_axes=(0, None, 0))
+  given = images[:, None], kernel, gradients
+  program = jax.jit(each).lower(*given).compile()
+  assert program.as_text().count(" convolution(") == 2
+  for found, image, gradient in zip(
+    program(*given)[1], images, gradients, strict=True
+  ):
+    other = backward(image[None], kernel, gradient)[1]
+    np.testing.assert_allclose(found, other, rtol=1e-4, atol=1e-4)
+
+
+def test_no_tracer_leaks():
+  images, kernel, strides, padding = _arrays(SHAPES["3x3"])
+  convolve = lambda x, w: convolution.convolve(x, w, strides, padding)
+  with jax.checking_leaks():
+    gradients = functools.partial(_gradients, convolve)
+    jax.eval_shape(jax.jit(gradients), images, kernel)
+
+
 def test_a_loop_has_no_convolution_that_is_not_a_forward_one():
   """In a loop, XLA's CPU backend has a library for these alone."""
   images, kernel, strides, padding = _arrays(SHAPES["3x3, stride 2, even"])
