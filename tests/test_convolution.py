@@ -131,6 +131,23 @@ def test_gradients_of_single_examples_in_the_form_of_accelerators():
     np.testing.assert_allclose(found, other, rtol=1e-4, atol=1e-4)
 
 
+def test_forward_over_reverse():
+  """As `jax.jvp` of the gradient of XLA's own convolution."""
+  images, kernel, strides, padding = _arrays(SHAPES["3x3"])
+  found, expected = (
+    jax.jvp(
+      lambda w, function=function: _gradients(function, images, w)[1],
+      (kernel,),
+      (jnp.cos(kernel),),
+    )[1]
+    for function in (
+      lambda x, w: convolution.convolve(x, w, strides, padding),
+      lambda x, w: _plain(x, w, strides, padding),
+    )
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
+
+
 def test_no_tracer_leaks():
   images, kernel, strides, padding = _arrays(SHAPES["3x3"])
   convolve = lambda x, w: convolution.convolve(x, w, strides, padding)

@@ -133,8 +133,9 @@ def _backward_of_plain(
   """Gradients by images and kernel; the latter of one network at a time."""
   plain = functools.partial(_plain, strides=strides, padding=padding)
 
-  def by_kernel(*arrays: jax.Array) -> jax.Array:
-    images, kernel, gradient = arrays
+  def by_kernel(
+    images: jax.Array, kernel: jax.Array, gradient: jax.Array
+  ) -> jax.Array:
     forward = functools.partial(plain, images)
     return jax.linear_transpose(forward, kernel)(gradient)[0]
 
