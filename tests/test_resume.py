@@ -341,6 +341,23 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
   assert tiny.final_state(parts, step=6)
 
 
+def test_after_a_run_only_late_writes_are_ignored():
+  """The threads of a write that failed may speak after the run has ended."""
+  code = """
+from sparseopt_jax.training import cli
+class Thread:
+  def __init__(self, text): self.text = text
+  def __del__(self): raise RuntimeError(self.text)
+cli.run(lambda: None)
+Thread("Event loop is closed")
+Thread("of another thread")
+"""
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert "RuntimeError: of another thread" in done.stderr
+  assert "closed" not in done.stderr
+
+
 def test_nan_ends_the_run_and_keeps_the_checkpoint(
   monkeypatch, tmp_path, capsys
 ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import io
 import logging
 import re
@@ -119,13 +120,29 @@ def _quiet_threads() -> Iterator[None]:
   """
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
-  hooks = threading.excepthook, sys.unraisablehook
+  hook = threading.excepthook
   threading.excepthook = lambda args: None
-  sys.unraisablehook = lambda args: None  # For TensorStore's own threads.
+  _ignore_late_writes()
   try:
     yield
   finally:
-    threading.excepthook, sys.unraisablehook = hooks
+    threading.excepthook = hook
+
+
+@functools.cache
+def _ignore_late_writes() -> None:
+  """Ignores the other writes of a checkpoint that could not be written.
+
+  TensorStore's threads report each to an event loop that Orbax has closed at
+  the first error. They may do so after `main`, so this hook stays.
+  """
+  hook = sys.unraisablehook
+
+  def ignore(args: sys.UnraisableHookArgs) -> None:
+    if str(args.exc_value) != "Event loop is closed":
+      hook(args)
+
+  sys.unraisablehook = ignore
 
 
 def _fail(error: Exception, code: int) -> int:
