@@ -239,6 +239,7 @@ CASES = [
   ("studies gradient-skew --out file", "--out file: File exists"),
   ("studies convergence --seeds 0", "--seeds must be at least 1, got 0"),
   ("studies convergence --conditions rigl", "got 'rigl'"),
+  ("studies early-skew --steps 0", "--steps must be at least 1, got 0"),
 ]
 
 

@@ -15,6 +15,7 @@ NAMES = (
   "gradient-skew",
   "baseline",
   "convergence",
+  "early-skew",
   "ablations",
   "topologies",
   "adam",

@@ -9,14 +9,11 @@ import argparse
 from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 import statistics
-import time
 from typing import Any
 
-import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
@@ -27,7 +24,6 @@ from sparseopt_jax.studies import regrowth
 from sparseopt_jax.studies import regrowth_tasks
 from sparseopt_jax.studies import report
 from sparseopt_jax.training import cli
-from sparseopt_jax.training import records
 from sparseopt_jax.training.errors import UsageError
 
 _TASKS = ("digits", "digits-constant", "text")  # need no data from elsewhere
@@ -52,7 +48,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
   for name, (_, ways) in regrowth.OPTIMIZERS.items():
     for way in ways:
       path = _path(args, "jump", name, way)
-      found = _piece(path, regrowth.jump, name, way, **_JUMP)
+      found = report.piece(path, regrowth.jump, name, way, **_JUMP)
       ages = {str(age): [seed[age - 1] for seed in found] for age in AGES}
       ages["mean"] = np.mean(found, axis=0).tolist()
       jumps.setdefault(name, {})[way] = ages
@@ -77,32 +73,13 @@ def _measure_task(args: argparse.Namespace, name: str) -> dict[str, Any]:
         size = f"lr{rate:g}", f"{task.steps}steps", f"{seeds}seeds"
         path = _path(args, name, topology, way, *size)
         cell = task, topology, way, seeds, rate, examples
-        ways[way] = summary(_piece(path, regrowth.train, *cell))
+        ways[way] = summary(report.piece(path, regrowth.train, *cell))
   return found
 
 
 def _path(args: argparse.Namespace, *words: str) -> pathlib.Path:
   name = "-".join(words).replace(" ", "-").replace(",", "").lower()
   return args.out / "pieces" / f"{name}.json"
-
-
-def _piece(path: pathlib.Path, make: Any, *args: Any, **options: Any) -> Any:
-  """What is in a file; it is made first if it is not there."""
-  if not path.is_file():
-    start = time.perf_counter()
-    made = make(*args, **options)
-    records.write_json(path, jax.tree.map(lambda x: x.tolist(), made))
-    print(f"{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
-  return _numbers(json.loads(path.read_text()))
-
-
-def _numbers(value: Any) -> Any:
-  """JSON knows no NaN: null."""
-  if isinstance(value, dict):
-    return {key: _numbers(item) for key, item in value.items()}
-  if isinstance(value, list):
-    return [_numbers(item) for item in value]
-  return math.nan if value is None else value
 
 
 def summary(result: dict[str, Any]) -> dict[str, list[float]]:

@@ -111,7 +111,21 @@ def name(config: Config) -> str:
 
 
 def add_flags(parser: cli.Parser, seeds: int = 5) -> None:
-  """The flags that all studies of trained networks share."""
+  """The flags that all studies of whole runs share."""
+  add_network_flags(parser, seeds)
+  parser.add_argument(
+    "--jobs",
+    type=int,
+    default=1,
+    help="programs to train at a time (default: %(default)s)",
+  )
+  parser.add_argument(
+    "--report", action="store_true", help="train nothing; report what is there"
+  )
+
+
+def add_network_flags(parser: cli.Parser, seeds: int) -> None:
+  """The flags that say which networks."""
   parser.add_argument("--data-dir", help="folder of the prepared data sets")
   parser.add_argument(
     "--recipe",
@@ -128,15 +142,6 @@ def add_flags(parser: cli.Parser, seeds: int = 5) -> None:
     type=int,
     default=seeds,
     help="number of seeds: 0, 1, ... (default: %(default)s)",
-  )
-  parser.add_argument(
-    "--jobs",
-    type=int,
-    default=1,
-    help="programs to train at a time (default: %(default)s)",
-  )
-  parser.add_argument(
-    "--report", action="store_true", help="train nothing; report what is there"
   )
 
 
@@ -189,10 +194,9 @@ def trained(
 
 def check(args: argparse.Namespace, conditions: Iterable[str]) -> None:
   """Raises UsageError if a flag that studies share is out of its range."""
-  for name in ("seeds", "jobs"):
-    if getattr(args, name) < 1:
-      raise UsageError(
-        f"--{name} must be at least 1, got {getattr(args, name)}"
-      )
+  for name in ("seeds", "jobs", "steps"):
+    value = getattr(args, name, 1)
+    if value < 1:
+      raise UsageError(f"--{name} must be at least 1, got {value}")
   for condition in conditions:
     parse_condition(condition)

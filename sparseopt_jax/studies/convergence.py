@@ -33,7 +33,7 @@ from sparseopt_jax.training.errors import UsageError
 ARMS: dict[str, Any] = {"baseline": "off", "SparseOpt": "on"}
 # The paper's curves differ most early: after 10 epochs of 90.
 EARLY = 10
-_COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8"}
+COLORS = {"baseline": "#9a4f2c", "SparseOpt": "#1f5fa8"}
 # Along training, by the name in `along`.
 _PANELS = {
   "test_accuracy": "test accuracy",
@@ -214,7 +214,7 @@ def _mechanism(results: dict[str, dict[str, Any]]) -> str:
   header += ["fan-in spread"]
   rows = [header]
   for label, row in results.items():
-    for arm in (*_COLORS, "difference"):
+    for arm in (*COLORS, "difference"):
       found = {name: each[arm] for name, each in row["along"].items()}
       updating = [
         [x for x in found[f"skew_slope_{when}"] if not math.isnan(x[0])]
@@ -250,10 +250,10 @@ def figure(results: dict[str, dict[str, Any]]) -> Figure:
   for row, (label, result) in zip(axes, results.items(), strict=True):
     for axis, (name, title) in zip(row, _PANELS.items(), strict=True):
       axis.set_title(title, fontsize="small")
-      for arm, color in _COLORS.items():
+      for arm, color in COLORS.items():
         _band(axis, result["along"][name][arm], "-", color, arm)
       axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for arm, color in _COLORS.items():
+    for arm, color in COLORS.items():
       after = result["along"]["skew_slope_after"][arm]
       _band(row[1], after, ":", color, "after mask updates")
     row[1].axhline(0, color="black", lw=0.8)

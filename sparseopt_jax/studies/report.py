@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import json
 import math
 import pathlib
 import statistics
+import time
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 from matplotlib.figure import Figure
+import numpy as np
 from scipy import stats
 
 from sparseopt_jax.training import plots
@@ -56,6 +60,26 @@ def make(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UsageError(f"--out {folder}: {error.strerror}") from None
+
+
+def piece(path: pathlib.Path, make: Any, *args: Any, **options: Any) -> Any:
+  """What is in a JSON file; `make` makes it first if it is not there."""
+  if not path.is_file():
+    start = time.perf_counter()
+    made = make(*args, **options)
+    made = jax.tree.map(lambda x: np.asarray(x).tolist(), made)
+    records.write_json(path, made)
+    print(f"{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
+  return _numbers(json.loads(path.read_text()))
+
+
+def _numbers(value: Any) -> Any:
+  """JSON knows no NaN: null."""
+  if isinstance(value, dict):
+    return {key: _numbers(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_numbers(item) for item in value]
+  return math.nan if value is None else value
 
 
 class Report(NamedTuple):
