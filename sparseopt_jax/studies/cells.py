@@ -130,8 +130,9 @@ def add_network_flags(parser: cli.Parser, seeds: int) -> None:
   parser.add_argument(
     "--recipe",
     choices=list(recipes.RECIPES),
-    help="take data set, network and flags from a recipe of the trainer, but "
-    "for its epochs (default: Fashion-MNIST, resnet8 of width 8)",
+    help="take data set, network and flags from a recipe of the trainer; whole "
+    "runs have epochs of their own (default: Fashion-MNIST, resnet8 of width "
+    "8)",
   )
   parser.add_argument("--dataset", help="another data set")
   parser.add_argument("--model", help="another network")

@@ -148,7 +148,9 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   others = "skew_slope_before", "skew_slope_after", "weight_slope"
   for name in (*_PANELS, *others):
     values = {
-      arm: [[_figure(name, x, arm) for x in lines] for lines in epochs[arm]]
+      arm: [
+        [figure_of(name, x, ARMS[arm]) for x in lines] for lines in epochs[arm]
+      ]
       for arm in ARMS
     }
     values["difference"] = [
@@ -161,15 +163,18 @@ def along(found: Sequence[Pair]) -> dict[str, dict[str, list[Any]]]:
   return intervals
 
 
-def _figure(name: str, line: dict[str, Any], arm: str) -> float:
-  """One figure of a line of `metrics.jsonl`; NaN if it was not measured."""
+def figure_of(name: str, line: dict[str, Any], correction: str) -> float:
+  """One figure of a line of `metrics.jsonl`; NaN if it was not measured.
+
+  The slope of the skew is that of the updates: SparseOpt adds 1/2 to it.
+  """
   if name == "fan_in_spread":
     layers = line["layers"].values()
     return statistics.fmean(layer[name] for layer in layers)
   value = line.get(name)
   if value is None:
     return math.nan
-  corrected = name.startswith("skew_slope") and ARMS[arm] == "on"
+  corrected = name.startswith("skew_slope") and correction == "on"
   return value + 0.5 if corrected else value
 
 

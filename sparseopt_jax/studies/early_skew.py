@@ -9,10 +9,8 @@ slopes are: -1/2 is that of the theory, and SparseOpt adds 1/2.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,6 +18,7 @@ import numpy as np
 
 from sparseopt_jax import metrics
 from sparseopt_jax.studies import cells
+from sparseopt_jax.studies import convergence
 from sparseopt_jax.studies import grid
 from sparseopt_jax.studies import report
 from sparseopt_jax.studies.convergence import ARMS
@@ -44,26 +43,31 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
   """Takes a network's first steps.
 
   Returns:
-    `flags` of the trainer, and for each of `FIGURES` a number a step: of the
-    update that the step makes, and of the weights after it. NaN where there is
-    nothing to measure.
+    `flags` of the trainer; the two `FIGURES`, one number for each step:
+    `skew_slope` is of the update that the step makes, `weight_slope` of the
+    weights after it. NaN where there is nothing to measure.
+
+  Raises:
+    UsageError: More steps than the training has; see `build.task`.
   """
   runtime.prepare()
   layout = build.devices(config)
   task, create = build.task(config, layout, _measured)
   take = layout.compile_train(task)
-  due = optimizer.mask_updates(config, config.epochs * task.steps_per_epoch)
+  most = config.epochs * task.steps_per_epoch
+  if steps > most:
+    raise UsageError(f"--steps must be at most {most}, got {steps}")
+  due = optimizer.mask_updates(config, most)
   state = layout.put(runtime.quick_jit(create)(np.uint32(config.seed)))
   batches = task.dataset.train_batches(config.seed, 0, config.batch_size)
-  found: dict[str, list[float]] = {name: [] for name in FIGURES}
-  added = {"skew_slope": 0.5 if config.correction == "on" else 0.0}
-  for number, batch in zip(range(steps), batches, strict=False):
+  slopes: dict[str, list[float]] = {name: [] for name in FIGURES}
+  for number, batch in enumerate(itertools.islice(batches, steps)):
     state, _ = take(state, layout.put_batch(batch), 0, 1, due(number))
-    slopes = skew.figures(state.opt_state, state.params)
+    line = skew.figures(state.opt_state, state.params)
     for name in FIGURES:
-      slope = math.nan if slopes[name] is None else slopes[name]
-      found[name].append(round(slope + added.get(name, 0.0), 4))
-  return {"flags": grid.flags(config), **found}
+      slope = convergence.figure_of(name, line, config.correction)
+      slopes[name].append(round(slope, 4))
+  return {"flags": grid.flags(config), **slopes}
 
 
 def _measured(
@@ -79,33 +83,50 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
   """Measures what is not there yet, network by network.
 
   Returns:
-    {condition and learning rate: {name: {arm: a list of each seed}}} for each
-    name of `FIGURES`.
+    {condition and learning rate: {figure: {arm: slopes of each seed}}}. Beside
+    the figures there are the `flags` of the first network.
 
   Raises:
     UsageError: `--out` has a network of other flags; see `build.task`.
   """
-  found: dict[str, Any] = {}
+  results: dict[str, Any] = {}
   rates = args.learning_rates or [cells.learning_rate(args)]
-  for condition, rate in itertools.product(args.conditions, rates):
-    of_figures = found.setdefault(f"{condition}, rate {rate:g}", {})
-    for seed, arm in itertools.product(range(args.seeds), ARMS):
-      changes = {"learning_rate": rate, "correction": ARMS[arm]}
-      config = cells.config(args, condition, seed, **changes)
-      one = _piece(args, config)
-      for name in FIGURES:
-        arms = of_figures.setdefault(name, {})
-        arms.setdefault(arm, []).append(one[name])
-  return found
+  conditions = dict.fromkeys(itertools.product(args.conditions, rates))
+  for condition, rate in conditions:
+    networks = {
+      arm: [
+        _network(
+          args,
+          cells.config(
+            args, condition, seed, learning_rate=rate, correction=correction
+          ),
+        )
+        for seed in range(args.seeds)
+      ]
+      for arm, correction in ARMS.items()
+    }
+    results[f"{condition}, rate {rate:g}"] = {
+      "flags": networks["baseline"][0]["flags"],
+      **{
+        figure: {
+          arm: [network[figure] for network in found]
+          for arm, found in networks.items()
+        }
+        for figure in FIGURES
+      },
+    }
+  return results
 
 
-def _piece(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+def _network(args: argparse.Namespace, config: Config) -> dict[str, Any]:
   name = f"{cells.name(config)}-first{args.steps}"
   path = args.out / "pieces" / f"{name}.json"
-  one = report.piece(path, measure, config, args.steps)
-  if one["flags"] != grid.flags(config):
-    raise UsageError(f"--out {args.out}: {path.name} is of other flags")
-  return one
+  network = report.piece(path, measure, config, args.steps)
+  if network["flags"] != grid.flags(config):
+    raise UsageError(
+      f"--out {args.out}: {path.name} there is of other flags; take another"
+    )
+  return network
 
 
 def windows(steps: int) -> list[tuple[int, int]]:
@@ -114,26 +135,23 @@ def windows(steps: int) -> list[tuple[int, int]]:
   return [(start + 1, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def _means(slopes: Sequence[Sequence[float]]) -> list[str]:
-  """Of each window, with intervals over the seeds."""
-  means = [
-    [float(np.mean(each[first - 1 : last])) for each in slopes]
-    for first, last in windows(len(slopes[0]))
-  ]
-  return [report.number(report.interval(each)) for each in means]
-
-
 def table(results: dict[str, Any], steps: int) -> str:
   """Means over windows of steps, with intervals over the seeds."""
+  columns = windows(steps)
+  header = [f"steps {first} to {last}" for first, last in columns]
   parts = []
-  columns = [f"steps {first} to {last}" for first, last in windows(steps)]
   for name, title in FIGURES.items():
-    rows = [[title, *columns]]
+    rows = [[title, "step 1", *header[1:]]]
     for label, found in results.items():
-      baseline, sparseopt = (np.array(found[name][arm]) for arm in ARMS)
-      every = {**found[name], "difference": (sparseopt - baseline).tolist()}
-      for arm, slopes in every.items():
-        rows.append([f"{label}, {arm}", *_means(slopes)])
+      slopes = {arm: np.array(found[name][arm]) for arm in ARMS}
+      slopes["difference"] = slopes["SparseOpt"] - slopes["baseline"]
+      for arm, each in slopes.items():
+        means = [
+          each[:, first - 1 : last].mean(axis=1).tolist()
+          for first, last in columns
+        ]
+        numbers = [report.number(report.interval(mean)) for mean in means]
+        rows.append([f"{label}, {arm}", *numbers])
     parts.append(metrics.aligned(rows))
   return "\n\n".join(parts)
 

@@ -62,13 +62,17 @@ def make(folder: pathlib.Path) -> None:
     raise UsageError(f"--out {folder}: {error.strerror}") from None
 
 
-def piece(path: pathlib.Path, make: Any, *args: Any, **options: Any) -> Any:
-  """What is in a JSON file; `make` makes it first if it is not there."""
+def piece(path: pathlib.Path, measure: Any, *args: Any, **options: Any) -> Any:
+  """What is in a JSON file.
+
+  If it is not there, `measure(*args, **options)` is written to it first, and
+  the seconds that this took are printed.
+  """
   if not path.is_file():
     start = time.perf_counter()
-    made = make(*args, **options)
-    made = jax.tree.map(lambda x: np.asarray(x).tolist(), made)
-    records.write_json(path, made)
+    found = measure(*args, **options)
+    found = jax.tree.map(lambda x: np.asarray(x).tolist(), found)
+    records.write_json(path, found)
     print(f"{path.stem}: {time.perf_counter() - start:.0f} s", flush=True)
   return _numbers(json.loads(path.read_text()))
 
