@@ -41,7 +41,8 @@ def test_the_steps_are_those_of_the_trainer(
     epoch["weight_slope"], abs=2e-4
   )
   # The epoch's line is of the gradient before SparseOpt.
-  gradient = np.subtract(found["skew_slope"], correction == "on" and 0.5)
+  added = 0.5 if correction == "on" else 0.0
+  gradient = np.subtract(found["skew_slope"], added)
   if topology == "static":
     assert np.mean(gradient) == pytest.approx(epoch["skew_slope"], abs=2e-4)
   else:  # The fourth step changes the masks.

@@ -95,15 +95,10 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
   for condition, rate in conditions:
     networks = {
       arm: [
-        _network(
-          args,
-          cells.config(
-            args, condition, seed, learning_rate=rate, correction=correction
-          ),
-        )
+        _network(args, condition, seed, learning_rate=rate, correction=setting)
         for seed in range(args.seeds)
       ]
-      for arm, correction in ARMS.items()
+      for arm, setting in ARMS.items()
     }
     results[f"{condition}, rate {rate:g}"] = {
       "flags": networks["baseline"][0]["flags"],
@@ -118,7 +113,11 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
   return results
 
 
-def _network(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+def _network(
+  args: argparse.Namespace, condition: str, seed: int, **changes: Any
+) -> dict[str, Any]:
+  """What `measure` gives, made before or now."""
+  config = cells.config(args, condition, seed, **changes)
   name = f"{cells.name(config)}-first{args.steps}"
   path = args.out / "pieces" / f"{name}.json"
   network = report.piece(path, measure, config, args.steps)
