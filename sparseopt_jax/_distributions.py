@@ -22,7 +22,9 @@ def check_sparsity(sparsity: Any) -> None:
 def _check(shapes: Shapes, sparsity: float) -> None:
   check_sparsity(sparsity)
   for path, shape in shapes.items():
-    check(min(shape) >= 1, f"shapes[{path!r}] must have elements", shape)
+    check(
+      min(shape, default=0) >= 1, f"shapes[{path!r}] must have elements", shape
+    )
 
 
 def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
@@ -48,7 +50,7 @@ def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
   .. seealso:: :func:`sparseopt_jax.erk`
   """
   _check(shapes, sparsity)
-  return dict.fromkeys(shapes, 1.0 - sparsity)
+  return dict.fromkeys(shapes, 1.0 - float(sparsity))
 
 
 def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
@@ -90,7 +92,7 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
   """
   _check(shapes, sparsity)
   sizes = {path: math.prod(shape) for path, shape in shapes.items()}
-  budget = (1.0 - sparsity) * sum(sizes.values())
+  budget = (1.0 - float(sparsity)) * sum(sizes.values())
   share = sum(sum(shape) for shape in shapes.values())
   densities = {}
   # A layer passes 1 where sum(shape) / size is largest, so in that order.
@@ -115,7 +117,7 @@ def active_counts(shapes: Shapes, sparsity: float, how: Any) -> dict[str, int]:
     rule = f"distribution must return a density in [0, 1] for {path!r}"
     check_type(is_real(densities[path]), rule, densities[path])
     check(0.0 <= densities[path] <= 1.0, rule, densities[path])
-    counts[path] = max(1, round(densities[path] * math.prod(shape)))
+    counts[path] = max(1, round(float(densities[path]) * math.prod(shape)))
   return counts
 
 

@@ -40,16 +40,25 @@ def sums(arrays: Sequence[Array], axes: Sequence[int]) -> list[Array]:
 _add = lambda a, b: tuple(map(operator.add, a, b))
 
 
-def once(predicate: Any, body: Callable[[Any], Any], operand: Any) -> Any:
+def once(
+  predicate: Any, body: Callable[..., Any], operand: Any, *args: Any
+) -> Any:
   """Applies ``body`` if ``predicate``, in the operand's own buffers.
 
   A loop of at most one round. Unlike ``lax.cond`` it updates its operand in
   place, and under ``vmap`` it runs only if an instance needs it. No loop where
-  the predicate is known while tracing.
+  the predicate is known: while tracing, or in a call that is not jitted.
+
+  Args:
+    predicate: A bool, traced or not.
+    body: Takes the operand and ``args``, and returns the operand's structure.
+    operand: A pytree of arrays.
+    *args: Pytrees of arrays that stay as they are.
   """
-  if isinstance(predicate, bool):
+  is_known = not isinstance(predicate, jax.core.Tracer)
+  if is_known:
     # Compiled as the loop below would be, in a call that is not jitted too.
-    return jax.jit(body)(operand) if predicate else operand
+    return jax.jit(body)(operand, *args) if predicate else operand
   is_left = lambda carry: carry[0]
-  turn = lambda carry: (jnp.zeros_like(carry[0]), body(carry[1]))
+  turn = lambda carry: (jnp.zeros_like(carry[0]), body(carry[1], *args))
   return lax.while_loop(is_left, turn, (predicate, operand))[1]

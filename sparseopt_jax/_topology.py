@@ -391,7 +391,7 @@ class SRigL(SET):
 
   An ablated neuron of a classifier leaves its class a constant logit, so give
   that layer a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
-  first mask update, which makes their fan-ins equal.
+  first mask update, which brings them to these fan-ins.
 
   Attributes:
     update_until: The end of the mask updates, in calls.
@@ -582,7 +582,8 @@ class Magnitude(Topology):
   def first_active(self, layer: Layer) -> np.ndarray:
     """The number of active weights to begin with; shape[:stacked], int32."""
     size = math.prod(jnp.shape(layer.weight)[layer.stacked :])
-    return np.maximum(layer.target, round((1 - self.initial_sparsity) * size))
+    density = 1 - float(self.initial_sparsity)
+    return np.maximum(layer.target, round(density * size))
 
   def num_active(
     self, count: jax.Array, first: jax.Array, target: jax.Array

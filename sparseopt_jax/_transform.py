@@ -47,9 +47,9 @@ def _all_finite(tree: Any) -> jax.Array:
   for dtype in dict.fromkeys(x.dtype for x in small):
     alike = [x.reshape(-1) for x in small if x.dtype == dtype]
     arrays.append(jnp.concatenate(alike))
-  # A maximum passes NaN on, and is faster on a CPU than a conjunction.
-  largest = [jnp.max(jnp.abs(x), initial=0) for x in arrays]
-  return jnp.all(jnp.stack([jnp.isfinite(x) for x in largest]))
+  # Bytes: XLA reduces bools slowly on a CPU, and loses NaN in a maximum there.
+  bad = [(~jnp.isfinite(x)).astype(jnp.uint8) for x in arrays]
+  return jnp.all(jnp.stack([jnp.max(x, initial=0) == 0 for x in bad]))
 
 
 def _factor(layer: Layer, mask: jax.Array) -> jax.Array:
@@ -119,9 +119,9 @@ def sparseopt(
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
   That ``step`` has to be the state's own count, by which the drop fraction
-  goes. Under ``jax.vmap`` over states, where a condition computes both of its
-  branches, each step costs a mask update unless the loop says so; not so in a
-  training function that is mapped as a whole, ``init`` included.
+  goes. Under ``jax.vmap`` over states, whose counts may differ, each step takes
+  several times longer unless the loop says so; not so in a training function
+  that is mapped as a whole, ``init`` included.
 
   Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
   and float32 have the range.
@@ -213,6 +213,10 @@ def sparseopt(
     is_own = names == paths and (is_static or jax.tree.leaves(state.explored))
     check(is_own, "state must be of these sparse leaves and topology", names)
     of_state = jax.tree.leaves(state.masks), state.factors, state.topology_state
+    for layer, mask in zip(layers, of_state[0], strict=True):
+      found = [getattr(x, "shape", x) for x in (layer.weight, raw[layer.place])]
+      rule = f"params and updates must have shape {mask.shape} at"
+      check(found == [mask.shape] * 2, f"{rule} {layer.path!r}", found)
     return [
       layer._replace(
         weight=jnp.asarray(layer.weight),
@@ -246,8 +250,7 @@ def sparseopt(
     if not is_static:
       due = topology.is_due(state.count)
       due = due if update_masks is None else bool(update_masks)
-      body = lambda new: _sharding.lay_out_freely(change, new, params, updates)
-      new = _lax.once(due, body, new)
+      new = _lax.once(due, change_freely, new, params, updates)
     # One after the other, as map_sparse comes to their masks.
     scaled = iter(_correction.rescale(x.gradient, x.factor) for x in layers)
     updates = _state.map_sparse(lambda *_: next(scaled), new.masks, updates)
@@ -263,4 +266,6 @@ def sparseopt(
     new_masks = functools.partial(_new_masks, topology, layers)
     return _lax.once(finite, new_masks, state._replace(skipped=skipped))
 
+  # One object, of which JAX knows what is compiled.
+  change_freely = functools.partial(_sharding.lay_out_freely, change)
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

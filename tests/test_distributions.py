@@ -87,6 +87,22 @@ def test_sparsity_outside_its_range(function, sparsity):
     function(SHAPES, sparsity)
 
 
+@pytest.mark.parametrize("how", ["erk", "uniform"])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_the_kind_of_the_number_does_not_matter(how, kind):
+  """In float16, sums of weights overflow."""
+  shapes = {"a": (4096, 4096), "b": (64, 32), "c": (32, 16)}
+  sparsity = kind(0.9)
+  got = _distributions.active_counts(shapes, sparsity, how)
+  assert got == _distributions.active_counts(shapes, float(sparsity), how)
+  given = lambda kind: lambda shapes, _: dict.fromkeys(shapes, kind(sparsity))
+  got, expected = (
+    _distributions.active_counts(shapes, 0.5, given(each))
+    for each in (kind, float)
+  )
+  assert got == expected
+
+
 @pytest.mark.parametrize("sparsity", ["0.9", None, True, [0.9]])
 def test_sparsity_of_another_type(sparsity):
   with pytest.raises(TypeError, match="sparsity must be a Python number"):
@@ -117,6 +133,7 @@ def test_dicts_of_other_types(distribution):
     sparseopt_jax.sparseopt(0.9, corrected=True, distribution=distribution)
 
 
-def test_empty_layers_are_refused():
+@pytest.mark.parametrize("shape", [(4, 0), ()])
+def test_empty_layers_are_refused(shape):
   with pytest.raises(ValueError, match=r"shapes\['a'\]"):
-    sparseopt_jax.erk({"a": (4, 0)}, 0.9)
+    sparseopt_jax.erk({"a": shape}, 0.9)

@@ -208,6 +208,30 @@ def test_a_state_of_something_else():
     tx.update(PARAMS, sgd.init(PARAMS), PARAMS)
 
 
+@pytest.mark.parametrize(
+  "change", [lambda state: state.link, lambda state: state._asdict()]
+)
+def test_a_state_that_is_not_of_sparsify(change):
+  tx = wrapped(optax.sgd(0.1), RigL(10))
+  state = change(tx.init(PARAMS))
+  kind = type(state).__name__
+  with raises(TypeError, match=f"state must be a SparsifyState.*{kind}"):
+    tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("kernel", [jnp.ones((3, 4)), None])
+def test_gradients_and_parameters_of_another_shape(kernel):
+  tx = link(0.5, RigL(10))
+  state, other = tx.init(PARAMS), PARAMS | {"kernel": kernel}
+  got = r"\(3, 4\)" if kernel is not None else "None"
+  message = r"params and updates.*\(4, 3\) at 'kernel'; got "
+  with raises(ValueError, match=rf"{message}\[\(4, 3\), {got}\]"):
+    tx.update(other, state, PARAMS)
+  if kernel is not None:
+    with raises(ValueError, match=rf"{message}\[{got}, \(4, 3\)\]"):
+      tx.update(PARAMS, state, other)
+
+
 def test_parameters_of_another_shape_than_the_masks():
   state = link(0.5).init(PARAMS)
   other = {**PARAMS, "kernel": jnp.ones((1, 3))}

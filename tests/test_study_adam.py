@@ -275,3 +275,13 @@ def test_a_missing_data_set_is_one_line(tmp_path, capsys, monkeypatch):
   flags = ["--tasks", "fashion_mnist", "--data-dir", str(tmp_path)]
   assert command.main(["adam", "--out", str(tmp_path), *flags]) == 2
   assert "--tasks fashion_mnist" in capsys.readouterr().err
+
+
+def test_a_damaged_data_set_is_one_line(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(regrowth, "OPTIMIZERS", {})
+  (tmp_path / "fashion_mnist.npz").write_bytes(b"no images")
+  flags = ["--tasks", "fashion_mnist", "--data-dir", str(tmp_path)]
+  assert command.main(["adam", "--out", str(tmp_path), *flags]) == 2
+  error = capsys.readouterr().err
+  assert "--tasks fashion_mnist" in error
+  assert error.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import re
 
 import jax
@@ -182,6 +183,56 @@ def test_skipped_where_a_gradient_is_not_finite():
   after = sparseopt_jax.get_masks(opt_state)
   jax.tree.map(np.testing.assert_array_equal, before, after)
   assert int(sparseopt_jax.sparsity_metrics(opt_state)["skipped_updates"]) == 1
+
+
+@pytest.mark.parametrize("jitted", [True, False])
+@pytest.mark.parametrize("spec", [None, jax.P(), jax.P("rows")])
+def test_skipped_where_one_number_is_not_finite(spec, jitted):
+  """A maximum of 4,096 floats and more loses NaN in XLA on a CPU."""
+  layout = jax.NamedSharding(jax.make_mesh((4,), ("rows",)), spec or jax.P())
+  place = lambda x: (
+    jnp.asarray(x) if spec is None else jax.device_put(x, layout)
+  )
+  shapes = {"small": (8, 4), "medium": (64, 80), "large": (512, 160)}
+  ones = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+  params = jax.tree.map(place, ones)
+  tx = _optimizer(sparseopt_jax.RigL(update_until=9, update_every=1))
+  state = optax.tree.set(tx.init(params), count=jnp.int32(1))
+  update = jax.jit(tx.update) if jitted else tx.update
+  _, after = update(params, state, params)
+  assert after.link.updated
+  for leaf, bad in itertools.product(shapes, (np.nan, np.inf, -np.inf)):
+    gradient = ones[leaf].copy()
+    gradient[5, 2] = bad
+    _, after = update(params | {leaf: place(gradient)}, state, params)
+    assert int(after.link.skipped) == 1, (leaf, bad)
+    masks = map(sparseopt_jax.get_masks, (state, after))
+    jax.tree.map(np.testing.assert_array_equal, *masks)
+
+
+def test_eager_calls_compile_once():
+  compiled = []
+
+  def listener(event, duration, **tags):
+    del duration, tags
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(event)
+
+  tx, params = _optimizer(TOPOLOGIES[1]), _params()
+  opt_state = tx.init(params)
+  numbers = []
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    for _ in range(9):
+      before = len(compiled)
+      _, opt_state = tx.update(params, opt_state, params)
+      numbers.append(len(compiled) - before)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  # Of calls 0 to 8 those with number 3 and 6 update the masks.
+  assert numbers[3] > 0
+  assert numbers[1:3] == [0, 0]
+  assert numbers[4:] == [0] * 5
 
 
 @pytest.mark.parametrize("value", [1, "yes", np.int64(1)])

@@ -62,7 +62,7 @@ def _measure_task(args: argparse.Namespace, name: str) -> dict[str, Any]:
   seeds = args.seeds or task.seeds
   try:
     examples = task.load(args.data_dir)
-  except (data.DataNotPreparedError, ImportError) as error:
+  except (data.DataNotPreparedError, ImportError, ValueError) as error:
     raise UsageError(f"--tasks {name}: {error}") from error
   found: dict[str, Any] = {}
   for topology in regrowth.TOPOLOGIES:
