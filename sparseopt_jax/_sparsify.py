@@ -147,9 +147,9 @@ def sparsify(
       bias, a scale, an offset, an embedding, or a table of positions or tokens.
     masks: Start from these instead of random ones: arrays of bools, or of 0 and
       1 in uint8, matched by path, such as :func:`sparseopt_jax.get_masks`
-      returns. Static masks, SET and RigL keep their number of active weights,
-      whatever ``sparsity`` says; the first mask update of SRigL and Magnitude
-      brings them to theirs. A leaf with ``optax.MaskedNode()`` stays dense; for
+      returns. Static masks, SET and RigL keep as many active weights as these
+      have, whatever ``sparsity`` says; mask updates of SRigL and Magnitude go
+      by ``sparsity``. A leaf with ``optax.MaskedNode()`` stays dense; for
       leaves left out, ``sparse`` decides, and masks are drawn.
     output_axis: The neuron axis of a layer's weights, a tuple of them, or a
       function of path and leaf that returns either. By default that of Flax and

@@ -391,7 +391,7 @@ class SRigL(SET):
 
   An ablated neuron of a classifier leaves its class a constant logit, so give
   that layer a :math:`\gamma_{sal}` of 0. Masks that are given stay until the
-  first mask update, which brings them to these fan-ins.
+  first mask update, which gives each live neuron :math:`k` active inputs.
 
   Attributes:
     update_until: The end of the mask updates, in calls.

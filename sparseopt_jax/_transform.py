@@ -266,6 +266,6 @@ def sparseopt(
     new_masks = functools.partial(_new_masks, topology, layers)
     return _lax.once(finite, new_masks, state._replace(skipped=skipped))
 
-  # One object, of which JAX knows what is compiled.
+  # Made once: jax.jit knows by the function itself what it has compiled.
   change_freely = functools.partial(_sharding.lay_out_freely, change)
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

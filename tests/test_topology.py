@@ -272,3 +272,11 @@ def test_python_that_looks_at_the_count():
 
   with pytest.raises(jax.errors.TracerBoolConversionError):
     sparseopt_jax.sparseopt(0.9, Concrete(), corrected=True)
+
+
+def test_an_initial_sparsity_in_half_precision():
+  """In float16 the number of weights would be infinite."""
+  topology = sparseopt_jax.Magnitude(0, 4, initial_sparsity=np.float16(0.25))
+  link = sparseopt_jax.sparseopt(0.9, topology, corrected=False)
+  masks = sparseopt_jax.get_masks(link.init(jnp.ones((400, 400))))
+  assert masks.sum() == 120_000
