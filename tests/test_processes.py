@@ -97,12 +97,16 @@ def x64():
   jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--shard-params"]], ids=["pmap", "jit"])
-def test_two_processes_equal_one(tmp_path, x64, flags):
-  one, two = tmp_path / "one", tmp_path / "two"
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """A run of two processes, to the end."""
+  path = tmp_path_factory.mktemp("two") / "run"
+  assert _codes(_start_two(path)) == [0, 0]
+  return path
+
+
+def _assert_equals_one(two, one, *flags):
   assert _codes([_start(one, *flags, devices=8)]) == [0]
-  assert _codes(_start_two(two, *flags)) == [0, 0]
   _assert_close(one, two)
   lines = tiny.metrics(two)
   assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -110,9 +114,20 @@ def test_two_processes_equal_one(tmp_path, x64, flags):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, x64):
-  whole, parts = tmp_path / "whole", tmp_path / "parts"
-  assert _codes(_start_two(whole)) == [0, 0]
+def test_two_processes_equal_one(tmp_path, two, x64):
+  _assert_equals_one(two, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_shards(tmp_path, x64):
+  path, flag = tmp_path / "two", "--shard-params"
+  assert _codes(_start_two(path, flag)) == [0, 0]
+  _assert_equals_one(path, tmp_path / "one", flag)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, two, x64):
+  parts = tmp_path / "parts"
   processes = _start_two(parts)
   metrics = parts / folder.METRICS
   while not metrics.exists() or metrics.stat().st_size == 0:
@@ -124,10 +139,10 @@ def test_a_signal_to_one_process_stops_both_at_one_step(tmp_path, x64):
   assert 22 < max(steps) < STEPS
   assert _codes(_start_two(parts, "--resume")) == [0, 0]
   for a, b in zip(
-    tiny.final_state(whole, STEPS), tiny.final_state(parts, STEPS), strict=True
+    tiny.final_state(two, STEPS), tiny.final_state(parts, STEPS), strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  assert tiny.metrics(whole) == tiny.metrics(parts)
+  assert tiny.metrics(two) == tiny.metrics(parts)
 
 
 @pytest.mark.slow

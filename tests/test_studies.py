@@ -1,5 +1,6 @@
 """The studies of trained networks: statistics, reports, whole runs."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -258,7 +259,7 @@ def test_convergence_goes_on_after_sigterm(converged, data_dir, tmp_path):
     assert first.poll() is None
     time.sleep(0.05)
   first.send_signal(signal.SIGTERM)
-  _, error = first.communicate()
+  _, error = first.communicate(timeout=600)
   assert first.returncode == 143
   assert "go on with the same command" in error
   assert not list(tmp_path.glob("rigl-*-seed0/" + folder_lib.SUMMARY))
@@ -279,14 +280,17 @@ def test_the_plan_for_an_accelerator_stops_in_time_and_goes_on(tmp_path):
   npz_source.write(npz_source.path("cifar100", tmp_path), *splits)
   out = tmp_path / "out"
   tiny = ["--model", "resnet8", "--width", "4", "--seeds", "2", "--budgets"]
+  # The script's `python` is this one.
+  path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
 
   def run(minutes, budget):
     place = PACKAGE / "sparseopt_jax" / "studies" / "cifar100.sh"
     return subprocess.run(
       [place, tmp_path, out, minutes, *tiny, budget],
-      env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+      env={**os.environ, "PYTHONPATH": str(PACKAGE), "PATH": path},
       capture_output=True,
       text=True,
+      timeout=900,
     )
 
   # Time is up at once.
@@ -500,10 +504,7 @@ def test_runs_of_another_optimiser_are_refused(tmp_path):
     grid.is_complete(grid.Cell(config, ablations.ham), tmp_path / "one")
 
 
-@pytest.mark.slow
-def test_a_signal_lets_the_last_run_write_its_checkpoint(data_dir, tmp_path):
-  """Another worker is idle by then, and must not take it with it."""
-  code = """
+_TWO_RUNS = """
 import argparse, pathlib, sys
 from sparseopt_jax.studies import cells, grid
 from sparseopt_jax.training import cli
@@ -519,29 +520,50 @@ if __name__ == "__main__":
   runs = {"short": make(1), "long": make(100_000)}
   grid.run(runs, pathlib.Path(sys.argv[2]), 2)
 """
-  script = tmp_path / "two_runs.py"
-  script.write_text(code)
+
+
+@contextlib.contextmanager
+def one_of_two_runs(data_dir, folder):
+  """A command whose short run is over, while its long one goes on."""
+  script = folder / "two_runs.py"
+  script.write_text(_TWO_RUNS)
   environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-  words = list(map(str, [sys.executable, script, data_dir, tmp_path]))
-  parent = subprocess.Popen(
+  words = list(map(str, [sys.executable, script, data_dir, folder]))
+  process = subprocess.Popen(
     words, env=environment, stdout=subprocess.PIPE, text=True
   )
-  metrics = tmp_path / "long" / folder_lib.METRICS
+  metrics = folder / "long" / folder_lib.METRICS
   try:
     while not (
-      (tmp_path / "short" / folder_lib.SUMMARY).exists()
+      (folder / "short" / folder_lib.SUMMARY).exists()
       and metrics.exists()
       and len(metrics.read_text().splitlines()) > 1
     ):
-      assert parent.poll() is None
+      assert process.poll() is None
       time.sleep(0.05)
-    time.sleep(1)  # for the worker of the short run to be idle
-    parent.send_signal(signal.SIGTERM)
-    said, _ = parent.communicate(timeout=120)
+    yield process
   finally:
-    parent.kill()
+    process.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_lets_the_last_run_write_its_checkpoint(data_dir, tmp_path):
+  """Another worker is idle by then, and must not take it with it."""
+  with one_of_two_runs(data_dir, tmp_path) as process:
+    time.sleep(1)  # for the worker of the short run to be idle
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
   assert "long: stopped by SIGTERM" in said
   assert "Traceback" not in (tmp_path / "long.log").read_text()
+
+
+@pytest.mark.slow
+def test_no_run_outlives_its_command(data_dir, tmp_path):
+  with one_of_two_runs(data_dir, tmp_path) as process:
+    process.kill()
+    # What it says ends when the last of its workers has.
+    process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGKILL
 
 
 def test_factories_can_be_sent_to_workers():

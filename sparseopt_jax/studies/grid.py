@@ -19,6 +19,7 @@ import pathlib
 import re
 import shlex
 import signal
+import threading
 import traceback
 from typing import Any, NamedTuple
 
@@ -226,6 +227,15 @@ def _begin_worker() -> None:
   """
   os.setsid()
   signal.signal(signal.SIGTERM, _begin_no_more)
+  threading.Thread(target=_end_with_the_command, daemon=True).start()
+
+
+def _end_with_the_command() -> None:
+  """In a worker: its run would go on alone where a signal kills the command."""
+  command = multiprocessing.parent_process()
+  assert command is not None
+  command.join()
+  os._exit(1)
 
 
 def _begin_no_more(number: int, frame: Any) -> None:

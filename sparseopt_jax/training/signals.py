@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 from types import TracebackType
 from typing import Any
@@ -31,15 +32,18 @@ class Interrupted(Exception):
 class StopRequest:
   """Remembers the first signal; a context manager.
 
-  From the first signal on both have their default action again, so that a
+  Soon after the first signal both have their default action again, so that a
   second one ends the process at once, even in the middle of a compilation.
 
   Attributes:
     EVERY: Several processes compare notes when this divides the count.
+    ONE_SIGNAL: Seconds in which what comes again is still the first: the
+      command `timeout` sends it twice.
     number: The signal's number, or 0.
   """
 
   EVERY = 10
+  ONE_SIGNAL = 0.25
 
   def __init__(self) -> None:
     self.number = 0
@@ -61,7 +65,10 @@ class StopRequest:
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     del frame
+    if self.number:
+      return
     self.number = number
+    time.sleep(self.ONE_SIGNAL)
     for each in self._previous:
       signal.signal(each, signal.SIG_DFL)
 
