@@ -178,8 +178,7 @@ import os, signal, threading
 from sparseopt_jax.training import signals
 
 with signals.StopRequest() as stop:
-  again = os.kill, (os.getpid(), signal.SIGTERM)
-  thread = threading.Timer(0.05, *again)
+  thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
   thread.start()
   signal.raise_signal(signal.SIGTERM)
   thread.join()

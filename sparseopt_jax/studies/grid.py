@@ -231,7 +231,7 @@ def _begin_worker() -> None:
 
 
 def _end_with_the_command() -> None:
-  """In a worker: its run would go on alone where a signal kills the command."""
+  """In a worker: without the command, its run would go on for nobody."""
   command = multiprocessing.parent_process()
   assert command is not None
   command.join()

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+# Seconds after the first signal in which another is taken for the same: the
+# command `timeout` sends its signal twice.
+_ONE_SIGNAL = 0.25
+
 
 class Interrupted(Exception):
   """The run stopped at a signal, after a checkpoint.
@@ -37,13 +41,10 @@ class StopRequest:
 
   Attributes:
     EVERY: Several processes compare notes when this divides the count.
-    ONE_SIGNAL: Seconds in which what comes again is still the first: the
-      command `timeout` sends it twice.
     number: The signal's number, or 0.
   """
 
   EVERY = 10
-  ONE_SIGNAL = 0.25
 
   def __init__(self) -> None:
     self.number = 0
@@ -68,7 +69,7 @@ class StopRequest:
     if self.number:
       return
     self.number = number
-    time.sleep(self.ONE_SIGNAL)
+    time.sleep(_ONE_SIGNAL)
     for each in self._previous:
       signal.signal(each, signal.SIG_DFL)
 
