@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 from jax import lax
+from jax import ops
 import jax.numpy as jnp
 import numpy as np
 
@@ -52,10 +53,11 @@ class Block(NamedTuple):
 
   def counts(self, conditions: Sequence[Array]) -> list[Array]:
     """How often each of some bool arrays is true in each layer; (slots,)."""
-    slots = jnp.arange(self.sizes.size, dtype=jnp.uint32)[:, None]
-    mine = slots == self.slots[None]
     per_row = _lax.sums(conditions, range(1, len(self.shape)))
-    return _lax.sums([jnp.where(mine, c[None], 0) for c in per_row], [1])
+    per_layer = ops.segment_sum(
+      jnp.stack(per_row, axis=1), self.slots, self.sizes.size, True
+    )
+    return list(jnp.unstack(per_layer, axis=1))
 
   def position(self) -> Array:
     """The row-major position of each element in its layer; uint32."""

@@ -182,6 +182,20 @@ def test_fewer_layers_than_blocks_of_the_least_size(monkeypatch):
   np.testing.assert_array_equal(got[0], [False, True])
 
 
+def test_memory_is_that_of_the_weights_however_many_the_layers(monkeypatch):
+  """A wide leaf of SRigL stacks thousands of neurons, a row for each."""
+  monkeypatch.setattr(_packing, "_LARGE", 2)
+
+  def needed(number, size):
+    layers = [jax.ShapeDtypeStruct((number, size), np.float32)]
+    eligible = [np.ones((number, size), bool)]
+    n = np.zeros(number, np.int32)
+    lowered = _traced_anew().lower("largest", layers, eligible, n, KEY, (1,))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert needed(4096, 16) < 2 * needed(16, 4096)
+
+
 # Stacked along no axis, one, two, and by one layer only.
 STACKS = [(5, 7), (3, 4, 6), (2, 3, 2, 5), (1, 9, 2)]
 STACKED = (0, 1, 2, 1)
