@@ -60,10 +60,5 @@ def once(
     # Compiled as the loop below would be, in a call that is not jitted too.
     return jax.jit(body)(operand, *args) if predicate else operand
   is_left = lambda carry: carry[0]
-
-  def turn(carry: tuple[Any, Any]) -> tuple[Any, Any]:
-    # Under vmap, XLA would compute part of the body before the loop, always.
-    (left, operand), given = lax.optimization_barrier((carry, args))
-    return jnp.zeros_like(left), body(operand, *given)
-
+  turn = lambda carry: (jnp.zeros_like(carry[0]), body(carry[1], *args))
   return lax.while_loop(is_left, turn, (predicate, operand))[1]

@@ -119,8 +119,9 @@ def sparseopt(
   ``update_masks`` of ``update``, a Python bool, and the branch is left out:
   ``update_masks=topology.is_due(step)``, a static argument of a jitted step.
   That ``step`` has to be the state's own count, by which the drop fraction
-  goes. Under ``jax.vmap`` over states, whose counts may differ, all pay for a
-  mask update where one is due.
+  goes. Under ``jax.vmap`` over states, whose counts may differ, each step takes
+  several times longer unless the loop says so; not so in a training function
+  that is mapped as a whole, ``init`` included.
 
   Factors may exceed 1, so that large float16 gradients can overflow; bfloat16
   and float32 have the range.
