@@ -55,7 +55,10 @@ class Block(NamedTuple):
     """How often each of some bool arrays is true in each layer; (slots,)."""
     per_row = _lax.sums(conditions, range(1, len(self.shape)))
     per_layer = ops.segment_sum(
-      jnp.stack(per_row, axis=1), self.slots, self.sizes.size, True
+      jnp.stack(per_row, axis=1),
+      self.slots,
+      num_segments=self.sizes.size,
+      indices_are_sorted=True,
     )
     return list(jnp.unstack(per_layer, axis=1))
 
